@@ -1,0 +1,1051 @@
+"""The models of the Autonomous AI service for LLM: free, no key, often down.
+
+A *model* is one of the service's five. A *call* is one prompt on its way: its request, its attempts, and the
+reply as far as it has come. A *reply* is what the server sends back, in whatever dialect. A *delta* is the piece
+of text that one event of a reply adds to the answer.
+
+The module reads as one request does: the models, how they register, what is sent, how the reply is read, what
+can go wrong, what is tried again, the connections, the two classes that move the bytes, the one command.
+Whatever is not about moving bytes stands once, for sync and async alike.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import datetime
+import email.utils
+import functools
+import html
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import random
+import re
+import sys
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from urllib.parse import urlsplit
+
+import click
+import llm
+from llm.models import ModelWithAliases
+from llm.parts import AttachmentPart, Part, TextPart, ToolCallPart, ToolResultPart
+from llm.utils import simplify_usage_dict
+from pydantic import ConfigDict, Field, ValidationError, field_validator
+
+if TYPE_CHECKING:
+    # httpx, asyncio and ssl are imported where they are used: a plugin is loaded by every `llm` command, and
+    # `llm --help` should not wait for an HTTP client.
+    import asyncio
+    import ssl
+
+    import httpx
+
+logger = logging.getLogger(__name__)
+
+BASE_URL = "https://chatgpt.autonomous.ai"
+BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
+
+DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
+MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
+CONNECT_TIMEOUT = 10.0  # seconds to connect, at most
+DRAIN_TIMEOUT = 0.5  # seconds to wait for the end of a reply whose answer is already known
+ERROR_BODY_TIMEOUT = 5.0  # seconds to wait for the body of a reply whose status is an error
+KEEPALIVE = 60.0  # seconds an idle connection is kept for the next prompt
+POOL_SIZE = 32  # concurrent async prompts per connection pool
+
+ATTEMPTS = 3  # per prompt, in all
+BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, give or take JITTER
+JITTER = 0.25  # as a fraction of the wait
+MAX_RETRY_AFTER = 10.0  # seconds; a server that asks for more gets no further attempt
+RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+
+MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
+MAX_PAGE_BYTES = 64 * 1024  # of an error body or a web page
+MAX_EXCERPT = 300  # characters of a server's words in an error
+
+
+# The models
+
+
+class ServiceModel(NamedTuple):
+    """One model of the service, as the table in PROTOCOL.md has it."""
+
+    name: str  # goes into `aiAgent` and `threadId`
+    endpoint: str  # below /api/v1/ai/
+    backend: str  # the model behind it, and its bare alias
+    aliases: tuple[str, ...] = ()  # beside autonomous-<backend>
+    attachment_types: frozenset[str] = frozenset()
+
+    @property
+    def model_id(self) -> str:
+        return f"autonomous-{self.name}"
+
+
+IMAGE_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif"})
+
+SERVICE_MODELS = (
+    ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous",)),
+    ServiceModel("qwen_coder", "chat", "qwen-2.5-coder-32b", ("autonomous-qwen-coder",)),
+    ServiceModel("hermes", "chat-hermes", "hermes-3"),
+    ServiceModel("vision", "chat-vision", "llama-3.2-90b", attachment_types=IMAGE_TYPES),
+    ServiceModel("summary", "summary", "llama-3.2-70b"),
+)
+
+
+# Registration: no network, no files, nothing that can raise
+
+
+@llm.hookimpl(trylast=True)
+def register_models(register: Callable[..., None], model_aliases: list[ModelWithAliases]) -> None:
+    for service in SERVICE_MODELS:
+        aliases = [*service.aliases, f"autonomous-{service.backend}"]
+        # The bare names are common property. Behind the other plugins (trylast) it is known which are free.
+        taken = {name for known in model_aliases for name in (known.model.model_id, *known.aliases)}
+        if service.backend not in taken:
+            aliases.append(service.backend)
+        register(Autonomous(service), AsyncAutonomous(service), aliases=aliases)
+
+
+# What is sent
+
+
+class AutonomousOptions(llm.Options):
+    # A proxy URL may hold a password: a validation error must not print what it was given.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    proxy: str | None = Field(
+        default=None,
+        description=(
+            "Send the prompt through this proxy: an http://, https://, socks5:// or socks5h:// URL without user "
+            "name and password, which LLM would log. Set HTTPS_PROXY for a proxy that needs them."
+        ),
+    )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_TIMEOUT,
+        description=f"Seconds of silence before the prompt fails, more than 0. Default {DEFAULT_TIMEOUT:g}.",
+    )
+
+    @field_validator("proxy")
+    @classmethod
+    def check_proxy(cls, proxy: str | None) -> str | None:
+        if proxy is None:
+            return None
+        try:
+            parts = urlsplit(proxy)
+            usable = parts.scheme in ("http", "https", "socks5", "socks5h") and bool(parts.hostname)
+            _ = parts.port  # raises on what is no port number
+        except ValueError:
+            usable = False
+        if "@" in proxy:
+            raise ValueError("a proxy with a user name or password would be logged: set HTTPS_PROXY instead")
+        if not usable:
+            raise ValueError("must be an http://, https://, socks5:// or socks5h:// URL with a host")
+        return proxy
+
+
+def build_messages(messages: list[llm.Message], image_types: frozenset[str]) -> list[dict[str, Any]]:
+    """The message list of PROTOCOL.md, ``[{"role": …, "content": …}, …]``, for a whole conversation.
+
+    ``content`` is a string, or OpenAI content parts where there are images of ``image_types``. What the wire
+    format cannot carry (tool calls and results, other attachments) becomes a bracketed note in the text, so
+    that a conversation begun with another model can go on; reasoning, and messages left empty, are left out.
+    """
+    built = []
+    for message in messages:
+        if content := build_content(message.parts, image_types):
+            role = message.role if message.role in ("system", "assistant") else "user"
+            built.append({"role": role, "content": content})
+    return built
+
+
+def build_content(parts: list[Part], image_types: frozenset[str]) -> str | list[dict[str, Any]]:
+    """The ``content`` of one message: its text, or its text and then its images."""
+    blocks: list[str] = []
+    images: list[dict[str, Any]] = []
+    previous: Part | None = None
+    for part in parts:
+        attachments: list[llm.Attachment] = []
+        if isinstance(part, TextPart):
+            if isinstance(previous, TextPart):
+                blocks[-1] += part.text
+            else:
+                blocks.append(part.text)
+        elif isinstance(part, AttachmentPart) and part.attachment:
+            attachments = [part.attachment]
+        elif isinstance(part, ToolCallPart):
+            blocks.append(f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]")
+        elif isinstance(part, ToolResultPart):
+            outcome = f"failed: {part.exception}" if part.exception else f"returned: {part.output}"
+            blocks.append(f"[the tool {part.name} {outcome}]")
+            attachments = part.attachments
+        for attachment in attachments:
+            if url := image_url(attachment, image_types):
+                images.append({"type": "image_url", "image_url": {"url": url}})
+            else:
+                blocks.append(f"[{attachment.type or 'file'} attachment, not shown to this model]")
+        previous = part
+    text = "\n".join(block for block in blocks if block)
+    if not images:
+        return text
+    return [{"type": "text", "text": text}, *images] if text else images
+
+
+def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
+    """The URL of an attachment, if it is an image of ``image_types``: its own, or a ``data:`` URL of its bytes.
+
+    Nothing is fetched: `llm` has asked a URL for its type by the time it is part of a prompt, and one that
+    comes without a type is taken at its word.
+    """
+    try:
+        if attachment.url and not attachment.content:
+            return attachment.url if image_types and attachment.type in (None, *image_types) else None
+        kind = attachment.resolve_type() if image_types else None
+        return f"data:{kind};base64,{attachment.base64_content()}" if kind in image_types else None
+    except (OSError, ValueError) as error:
+        logger.warning("an image of this conversation is not sent, since it can no longer be read: %s", error)
+        return None
+
+
+def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
+    """The request body: JSON of exactly four keys, ``messages`` being Base64 of JSON in ASCII escapes.
+
+    The escapes are part of the format: JavaScript's ``atob`` would turn raw UTF-8 into mojibake.
+    """
+    encoded = base64.b64encode(json.dumps(messages).encode("ascii")).decode("ascii")
+    body = {"messages": encoded, "threadId": service.name, "stream": stream, "aiAgent": service.name}
+    return json.dumps(body).encode("ascii")
+
+
+@functools.cache
+def build_headers() -> dict[str, str]:
+    """The headers that PROTOCOL.md lists: constants, which tell the service nothing about the user."""
+    version = importlib.metadata.version("llm-autonomous")
+    return {
+        "accept": "*/*",
+        # Named, so that what other packages add to httpx (Brotli, Zstandard) does not change the request.
+        "accept-encoding": "gzip, deflate",
+        "accept-language": "en-US,en;q=0.9",
+        "content-type": "application/json",
+        "country-code": "US",
+        "origin": "https://www.autonomous.ai",
+        "referer": "https://www.autonomous.ai/",
+        "time-zone": "America/New_York",
+        "user-agent": f"Mozilla/5.0 (compatible; llm-autonomous/{version})",
+    }
+
+
+def endpoint_url(endpoint: str) -> httpx.URL:
+    """Where a prompt goes: ``/api/v1/ai/<endpoint>`` below the service or ``AUTONOMOUS_BASE_URL``."""
+    import httpx
+
+    try:
+        url = httpx.URL(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL)
+        usable = url.scheme in ("http", "https") and bool(url.host) and (url.port or 80) in range(1, 65536)
+    except httpx.InvalidURL:
+        usable = False
+    if not usable:
+        raise AutonomousError(
+            f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host, such as http://127.0.0.1:8000"
+        )
+    return url.copy_with(path=f"{url.path.rstrip('/')}/api/v1/ai/{endpoint}")
+
+
+# How the reply is read
+
+
+class ReplyDecoder:
+    """Bytes of a reply in, deltas (pieces of text) out. No I/O; streamed or whole, whatever the content type.
+
+    Reads event streams by the WHATWG rules (https://html.spec.whatwg.org/multipage/server-sent-events.html)
+    and, as PROTOCOL.md asks, ``data:`` lines without blank lines between them, bare JSON lines, and a whole
+    JSON completion. `feed` and `close` give the deltas in order, the same for every way the bytes can be cut,
+    at a cost of O(n) in the bytes seen. They never raise: what cannot be read ends up in `error`, behind the
+    deltas that came before it. From one `feed` to the next at most `MAX_EVENT_BYTES` are held.
+    """
+
+    def __init__(self) -> None:
+        self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, as far as sent
+        self.answered = False  # some text has come
+        self.ended = False  # [DONE] has come: nothing behind it counts
+        self.error: AutonomousError | None = None
+        self._whole = False  # a completion has come in one piece, which needs no [DONE]
+        self._understood = False  # something of a known shape has come
+        self._stray = ""  # the first line that no rule knows
+        self._first = True  # no line has been read yet
+        self._skip_newline = False  # a CR ended the last feed: an LF at the start of the next belongs to it
+        self._line: list[bytes] = []  # the line that has not ended yet, in pieces
+        self._line_size = 0  # bytes
+        self._held: list[str] = []  # the lines of an event that is not complete yet
+        self._held_size = 0  # characters
+        self._document = False  # what is held goes on to the end of the reply: a web page, or JSON in many lines
+        self._surrogate = ""  # the first half of a character that was cut in two deltas
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is whole: what the connection does from here on does not matter."""
+        return self.ended or self._whole or "finish_reason" in self.envelope
+
+    def feed(self, data: bytes) -> list[str]:
+        """The deltas that ``data``, the next bytes of the reply, completes."""
+        return self._collect(self._read_bytes, data)
+
+    def close(self) -> list[str]:
+        """The deltas that the end of the reply completes: the last event may come without its blank line."""
+        deltas = self._collect(self._read_end)
+        if not self.answered and self.error is None:
+            lost = "" if self._understood or self.ended else self._stray
+            self.error = not_understood(lost) if lost else empty(self.envelope.get("finish_reason"))
+        return deltas
+
+    def _collect(self, read: Callable[..., None], *data: bytes) -> list[str]:
+        deltas: list[str] = []
+        if self.error is None and not self.ended:
+            try:
+                read(deltas, *data)
+            except AutonomousError as error:
+                self.error = error
+            self.answered = self.answered or bool(deltas)
+        return deltas
+
+    def _read_bytes(self, deltas: list[str], data: bytes) -> None:
+        # Lines end at CRLF, LF or CR and nowhere else: U+2028 and its like are text, so no splitlines here.
+        if self._skip_newline and data.startswith(b"\n"):
+            data = data[1:]
+        self._skip_newline = data.endswith(b"\r")
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, rest = data.split(b"\n")
+        if lines and self._line:
+            lines[0] = b"".join((*self._line, lines[0]))
+            self._line.clear()
+            self._line_size = 0
+        for line in lines:
+            if line:
+                if len(line) > MAX_EVENT_BYTES:
+                    raise too_large()
+                self._read_line(line.decode("utf-8", "replace"), deltas)
+                if self.ended:
+                    return
+            elif self._held and not self._document:
+                self._read_held(deltas)
+        if rest:
+            self._line.append(rest)
+            self._line_size += len(rest)
+            if self._line_size > MAX_EVENT_BYTES:
+                raise too_large()
+
+    def _read_end(self, deltas: list[str]) -> None:
+        last_line = b"".join(self._line).decode("utf-8", "replace")
+        try:
+            if last_line:
+                self._read_line(last_line, deltas)
+            self._read_held(deltas)
+        except AutonomousError:
+            if last_line and (self.answered or deltas):
+                raise AutonomousError("the reply ends within an event: the answer is incomplete") from None
+            raise
+        self._end_text(deltas)
+
+    def _read_line(self, line: str, deltas: list[str]) -> None:
+        if self._first:
+            self._first = False
+            line = line.removeprefix("\ufeff")
+        if self._document:
+            self._hold(line)
+        elif line.startswith("data:") or line == "data":
+            # An event is read at its first line where that is all of it, so that neither its text nor the next
+            # event has to wait for a blank line; the lines of any other are held until it is complete.
+            if self._held:
+                self._hold(line[5:].removeprefix(" "))
+            elif rest := self._read_values(line[5:], deltas):
+                self._hold(rest.removeprefix(" "))
+        elif line.startswith(":") or line.partition(":")[0] in ("event", "id", "retry"):
+            pass
+        elif line.lstrip().startswith(("{", "[", "<")):
+            self._read_held(deltas)
+            if rest := self._read_values(line, deltas):
+                self._document = True
+                self._hold(rest)
+        elif not self._stray:
+            self._stray = line
+
+    def _hold(self, line: str) -> None:
+        self._held.append(line)
+        self._held_size += len(line) + 1
+        if self._held_size > MAX_EVENT_BYTES:
+            raise too_large()
+
+    def _read_held(self, deltas: list[str]) -> None:
+        """Read the event that a blank line, the next event, or the end of the reply has completed."""
+        held = "\n".join(self._held)
+        self._held.clear()
+        self._held_size = 0
+        if held.lstrip().startswith("<"):
+            raise web_page(held)
+        if rest := self._read_values(held, deltas):
+            raise not_understood(rest)
+
+    def _read_values(self, text: str, deltas: list[str]) -> str:
+        """Read JSON values, one behind the other; return the rest, from the first that is not complete."""
+        start = _space(text).end()
+        while start < len(text) and not self.ended:
+            if text.startswith("[DONE]", start):
+                self._end_text(deltas)
+                self.ended = True
+                break
+            try:
+                value, end = _decode_json(text, start)
+            except (ValueError, RecursionError):
+                return text[start:]
+            self._read_value(value, text[start : min(end, start + MAX_EXCERPT)], deltas)
+            start = _space(text, end).end()
+        return ""
+
+    def _read_value(self, chunk: Any, excerpt: str, deltas: list[str]) -> None:
+        """Read one chat-completion chunk, or a whole completion."""
+        if not isinstance(chunk, dict):
+            raise not_understood(excerpt)
+        if chunk.get("error"):
+            raise AutonomousError(f"the service reports an error: {quoted(error_words(chunk))}")
+        choices, finish_reason, text = chunk.get("choices"), chunk.get("finish_reason"), None
+        if choices:
+            choice = choices[0] if isinstance(choices, list) else None
+            if not isinstance(choice, dict):
+                raise not_understood(excerpt)
+            part = choice.get("delta")
+            if part is None:
+                part = choice.get("message")
+                self._whole = self._whole or part is not None
+            if part is not None:
+                text = part.get("content") if isinstance(part, dict) else part
+                if text is not None and not (isinstance(part, dict) and isinstance(text, str)):
+                    raise not_understood(excerpt)
+            finish_reason = choice.get("finish_reason") or finish_reason
+        elif "choices" not in chunk and not chunk.get("usage") and not finish_reason:
+            raise not_understood(excerpt)
+        self._understood = True
+        if text and (self._surrogate or not text.isascii()):
+            text = self._join_surrogates(text)
+        if text:
+            deltas.append(text)
+        if finish_reason:
+            self.envelope["finish_reason"] = finish_reason
+        if usage := chunk.get("usage"):
+            self.envelope["usage"] = usage
+        if "model" not in self.envelope or "id" not in self.envelope:
+            for key in ("id", "model", "created"):
+                if (value := chunk.get(key)) is not None:
+                    self.envelope.setdefault(key, value)
+
+    def _join_surrogates(self, text: str) -> str:
+        # A server that cuts its text by UTF-16 units sends half a character (an escape such as \ud83d) at the
+        # end of one delta and half at the start of the next. Alone, neither can be printed or stored.
+        text = self._surrogate + text
+        self._surrogate = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
+        text = text[: len(text) - len(self._surrogate)]
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+    def _end_text(self, deltas: list[str]) -> None:
+        if self._surrogate:
+            self._surrogate = ""
+            deltas.append("\ufffd")
+
+
+_decode_json = json.JSONDecoder(strict=False).raw_decode
+_space: Callable[..., re.Match[str]] = re.compile(r"\s*").match  # type: ignore[assignment]
+
+
+# What can go wrong
+
+
+class AutonomousError(llm.ModelError, click.ClickException):
+    """A prompt that failed, in one line: who said it, what happened, what to do next.
+
+    As a `llm.ModelError` and a `click.ClickException` it is shown as that one line by `llm` and `llm chat`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool = False,  # another attempt could succeed
+        retry_after: float | None = None,  # seconds that the server asks to wait before it
+        outage: bool = False,  # what is met when the service is down
+    ) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.outage = outage
+
+    def located(self, url: httpx.URL, attempts: int = 1) -> AutonomousError:
+        """The same error as the user is to see it: with the host it came from and the attempts made."""
+        message = f"{url.netloc.decode()}: {self.message}"
+        if attempts > 1:
+            message += f" ({attempts} attempts)"
+        if self.outage and url.host == urlsplit(BASE_URL).hostname:
+            message += ". The service is often down; `llm autonomous check` shows which models answer"
+        return AutonomousError(message, retryable=self.retryable, retry_after=self.retry_after, outage=self.outage)
+
+
+def quoted(words: str) -> str:
+    """A server's words made fit for an error: one line of at most `MAX_EXCERPT` characters, all printable."""
+    printable = "".join(char if char.isprintable() else " " for char in words[: 4 * MAX_EXCERPT])
+    line = " ".join(printable.split())
+    return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
+
+
+def not_understood(start: str) -> AutonomousError:
+    return AutonomousError(f"the reply was not understood; it begins: {quoted(start)}")
+
+
+def too_large() -> AutonomousError:
+    return AutonomousError(f"the reply holds an event larger than {MAX_EVENT_BYTES // 1024**2} MiB")
+
+
+def empty(finish_reason: object) -> AutonomousError:
+    reason = f" (finish reason: {quoted(str(finish_reason))})" if finish_reason else ""
+    return AutonomousError(f"the answer was empty{reason}", outage=True)
+
+
+def web_page(page: str, status: str = "") -> AutonomousError:
+    page = page[:MAX_PAGE_BYTES]
+    lower = page.lower()
+    start = lower.find(">", lower.find("<title")) + 1 if "<title" in lower else 0
+    title = quoted(html.unescape(page[start : lower.find("</title", start)])) if start else ""
+    answer = f"answered with a web page titled: {title}" if title else "answered with a web page without a title"
+    return AutonomousError(f"{status}: {answer}" if status else answer, outage=True)
+
+
+def error_words(body: object) -> str:
+    """The message out of an error body, in any of the forms of PROTOCOL.md."""
+    if isinstance(body, dict):
+        for key in ("error", "message", "detail"):
+            words = body.get(key)
+            if isinstance(words, dict):
+                words = words.get("message") or words
+            if words and not isinstance(words, bool):
+                return words if isinstance(words, str) else json.dumps(words)
+    return body if isinstance(body, str) else json.dumps(body)
+
+
+def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
+    """The error for a reply whose status is not 2xx, of which ``body`` has been read."""
+    status = quoted(f"HTTP {reply.status_code} {reply.reason_phrase}")
+    if 300 <= reply.status_code < 400:
+        target = quoted(reply.headers.get("location", "")) or "nowhere"
+        return AutonomousError(
+            f"{status}: redirects to {target}, which is not followed: a prompt goes only to the host you name. "
+            f"Set {BASE_URL_VARIABLE} if that is the right one"
+        )
+    words = body.decode("utf-8", "replace").lstrip("\ufeff").strip()
+    page = words.startswith("<")
+    if page:
+        message = web_page(words, status).message
+    else:
+        with contextlib.suppress(ValueError, RecursionError):  # plain text speaks for itself
+            words = error_words(json.loads(words))
+        message = f"{status}: {quoted(words)}" if words else status
+    retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
+    if retry_after is not None:
+        message += f"; it asks to wait {retry_after:.0f} s"
+    return AutonomousError(
+        message,
+        retryable=reply.status_code in RETRY_STATUSES,
+        retry_after=retry_after,
+        outage=page or reply.status_code >= 500,
+    )
+
+
+def parse_retry_after(value: str) -> float | None:
+    """Seconds to wait, from a ``Retry-After`` header of seconds or a date (RFC 9110, section 10.2.3)."""
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return float(value)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+        return max(0.0, date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - time.time())
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def transport_error(error: Exception, answered: bool, timeout: float) -> AutonomousError:
+    """The error for an exception of the HTTP client, or of what it stands on."""
+    import httpx
+
+    reason, certificate = root_reason(error)
+    silent = isinstance(error, httpx.TimeoutException)
+    # The words of httpcore and h11 for a dropped connection; their others are for malformed replies.
+    dropped = isinstance(error, httpx.NetworkError) or (
+        isinstance(error, httpx.RemoteProtocolError)
+        and str(error).startswith(("Server disconnected", "peer closed connection"))
+    )
+    if answered:
+        lost = f"silent for {timeout:g} s" if silent else "the connection was lost" if dropped else reason
+        return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply")
+    if certificate:
+        return AutonomousError(
+            f"its certificate cannot be verified: {reason}. Behind a company proxy, name the file with the "
+            "proxy's certificate authority in SSL_CERT_FILE"
+        )
+    if isinstance(error, httpx.ConnectTimeout):
+        reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return AutonomousError(f"cannot connect: {reason}", retryable=True, outage=True)
+    if silent:
+        return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
+    if isinstance(error, httpx.ProxyError):
+        refusal = re.match(r"[0-9]{3}\b", reason)  # a status, from an HTTP proxy
+        retryable = refusal is None or int(refusal[0]) in RETRY_STATUSES
+        return AutonomousError(f"the proxy does not connect: {reason}", retryable=retryable)
+    if dropped:
+        return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
+    if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
+        return AutonomousError(f"the reply was not understood: {reason}")
+    return AutonomousError(f"the request failed: {type(error).__name__}: {reason}")
+
+
+def root_reason(error: BaseException) -> tuple[str, bool]:
+    """The words of the operating system or of OpenSSL behind ``error``, and whether a certificate is at fault.
+
+    httpcore puts an exception in the first argument of its own; anyio tries every address of a host, and wraps
+    what it meets: only the root says "Connection refused".
+    """
+    reason, certificate = str(error), False
+    cause: object = error
+    while isinstance(cause, BaseException):
+        if verify_message := getattr(cause, "verify_message", ""):
+            reason, certificate = verify_message, True
+        elif isinstance(cause, OSError) and cause.strerror:
+            # asyncio has words of its own for the numbers of the operating system; socket and ssl have the best.
+            plain = type(cause).__module__ == "builtins"
+            reason = os.strerror(cause.errno) if plain and cause.errno else cause.strerror
+        group = getattr(cause, "exceptions", cause.args)
+        cause = cause.__cause__ or (group[0] if group else None)
+    return quoted(reason) or type(error).__name__, certificate
+
+
+# What is tried again
+
+
+def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | None:
+    """Seconds to wait after ``attempt`` of ``attempts`` before the next one; None where there is to be none."""
+    if not error.retryable or attempt >= attempts:
+        return None
+    if error.retry_after is not None:
+        return error.retry_after if error.retry_after <= MAX_RETRY_AFTER else None
+    return BACKOFF[attempt - 1] * random.uniform(1 - JITTER, 1 + JITTER)
+
+
+class Call:
+    """One prompt on its way: its request, its attempts, and the reply as far as it has come. No I/O.
+
+    The loops of `Autonomous` and `AsyncAutonomous` go through it alike, for each attempt: `request`, `open`,
+    `feed` until `over`, `close`, and `outcome`, which says whether there is to be another.
+    """
+
+    def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any) -> None:
+        service, options = model.service, cast(AutonomousOptions, prompt.options)
+        messages = build_messages(prompt.messages, service.attachment_types)
+        last = messages[-1]["content"] if messages and messages[-1]["role"] == "user" else ""
+        if isinstance(last, str) and not last.strip():
+            raise AutonomousError("the prompt is empty: nothing was sent")
+        self.url = endpoint_url(service.endpoint)
+        self.body = build_body(service, messages, stream)
+        self.proxy = options.proxy
+        self.timeout = options.timeout or DEFAULT_TIMEOUT
+        self.attempt, self.attempts = 0, model.attempts
+        self.response = response
+
+    def request(self) -> dict[str, Any]:
+        """Begin an attempt: the keyword arguments for the ``stream`` method of an httpx client."""
+        import httpx
+
+        self.attempt += 1
+        self.decoder = ReplyDecoder()
+        self.failure: Exception | None = None
+        self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
+        self.refusal_body = b""
+        self.deadline = math.inf  # to have read all that is still worth reading, by time.monotonic()
+        self.hurried: Any = None  # the network stream that was told so
+        return {
+            "method": "POST",
+            "url": self.url.copy_with(userinfo=b""),  # httpx logs it: without user name and password
+            "auth": (self.url.username, self.url.password) if self.url.userinfo else None,
+            "content": self.body,
+            "headers": build_headers(),
+            "follow_redirects": False,
+            "timeout": httpx.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT), pool=None),
+        }
+
+    def open(self, reply: httpx.Response) -> None:
+        """Take the head of the reply."""
+        self.network_stream = reply.extensions.get("network_stream")
+        encoding = reply.headers.get("content-encoding", "identity").lower()
+        if not reply.is_success:
+            self.refusal = reply
+            self._hurry(ERROR_BODY_TIMEOUT)
+        elif encoding not in ("identity", "gzip", "deflate"):
+            # Not asked for; and encodings on top of each other unpack to more than memory holds.
+            self.decoder.error = AutonomousError(f"the reply was not understood: encoding {quoted(encoding)}")
+
+    def feed(self, data: bytes) -> str:
+        """Take the next bytes of the reply; return the text in them."""
+        if self.refusal:
+            self.refusal_body += data[: MAX_PAGE_BYTES - len(self.refusal_body)]
+            return ""
+        text = "".join(self.decoder.feed(data))
+        if self.decoder.ended and self.deadline == math.inf:
+            # The reply is read to its end, which saves the connection for the next prompt; but its end comes at
+            # once, or is not worth waiting for.
+            self._hurry(DRAIN_TIMEOUT)
+        return text
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left that is worth reading."""
+        if self.decoder.error or len(self.refusal_body) == MAX_PAGE_BYTES:
+            return True
+        return self.deadline < math.inf and time.monotonic() > self.deadline
+
+    def _hurry(self, seconds: float) -> None:
+        # httpx fixes the time to wait for bytes when it sends a request: only the stream below can hurry it.
+        self.deadline = time.monotonic() + seconds
+        if stream := self.network_stream:
+            self.hurried, read = stream, stream.read
+            stream.read = lambda max_bytes, timeout=None: read(max_bytes, timeout=seconds)
+
+    def close(self, failure: Exception | None) -> str:
+        """Take the end of the reply, or the exception that cut it off; return the text that it completes."""
+        decoder = self.decoder
+        if self.hurried:
+            del self.hurried.read  # the connection's next prompt has its own time
+        if self.refusal:
+            decoder.error = status_error(self.refusal, self.refusal_body)
+        elif failure and not decoder.complete and not decoder.error:
+            self.failure = failure
+            decoder.error = transport_error(failure, decoder.answered, self.timeout)
+        return "".join(decoder.close())
+
+    def outcome(self) -> float | None:
+        """None for a whole answer, seconds to wait before another attempt; else the error, raised."""
+        error = self.decoder.error
+        if error is None:
+            self._report()
+            return None
+        wait = None if self.decoder.answered else retry_wait(error, self.attempt, self.attempts)
+        if wait is None:
+            raise error.located(self.url, self.attempt) from self.failure
+        logger.info("%s; trying again in %.1f s", error.located(self.url, self.attempt), wait)
+        return wait
+
+    def _report(self) -> None:
+        """Tell `llm` what came beside the text, and the user if the answer may be cut short."""
+        envelope = self.decoder.envelope
+        keys = ("id", "model", "created", "finish_reason", "usage")
+        self.response.response_json = {key: envelope[key] for key in keys if key in envelope}
+        if isinstance(model := envelope.get("model"), str):
+            self.response.set_resolved_model(model)
+        if isinstance(usage := envelope.get("usage"), dict):
+            tokens = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+            read, written = (count if isinstance(count, int) else None for count in tokens)
+            details = {key: usage[key] for key in usage if key.endswith("_details")}
+            self.response.set_usage(input=read, output=written, details=simplify_usage_dict(details) or None)
+        if envelope.get("finish_reason") == "length":
+            logger.warning("the answer may be cut short: it reached the model's limit (finish reason: length)")
+        elif not self.decoder.complete:
+            logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
+
+
+# The connections: kept between prompts, since a client costs 30 ms to make, and a connection a TLS handshake
+
+AnyClient = TypeVar("AnyClient", "httpx.Client", "httpx.AsyncClient")
+ClientKey = tuple[Any, ...]
+
+_locks: dict[int, threading.Lock] = {}  # by process: a lock that is held at a fork is never released in the child
+_ssl_contexts: dict[ClientKey, ssl.SSLContext] = {}
+_clients: dict[ClientKey, httpx.Client] = {}
+_pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[ClientKey, list[Pool]]] = weakref.WeakKeyDictionary()
+
+
+def client_key(proxy: str | None) -> ClientKey:
+    """What a client is good for: its process, since a connection belongs to one, its proxy and its settings."""
+    names = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
+    settings = [os.environ.get(spelling) for name in names for spelling in (name, name.upper())]
+    return (os.getpid(), proxy, *settings)
+
+
+def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
+    """A client of httpx for a `client_key`. Certificates are always verified, and loaded once for all clients.
+
+    httpx takes the environment's proxies by itself, as long as it is given no transport.
+    """
+    import httpx
+
+    _, proxy, *_ = key
+    try:
+        context = _ssl_contexts.get(key)
+        if context is None:
+            context = _ssl_contexts[key] = httpx.create_ssl_context()
+        return kind(
+            verify=context,
+            # Either way the proxy resolves the names, but httpx knows the word socks5h only since 0.28.
+            proxy=proxy.replace("socks5h://", "socks5://", 1) if proxy else None,
+            limits=httpx.Limits(max_keepalive_connections=POOL_SIZE, keepalive_expiry=KEEPALIVE),
+        )
+    except OSError as error:
+        reason, _ = root_reason(error)
+        message = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded: {reason}"
+        raise AutonomousError(message) from error
+    except ImportError:
+        message = "a SOCKS proxy needs one more package: pip install 'llm-autonomous[socks]' (or llm install)"
+        raise AutonomousError(message) from None
+    except (ValueError, httpx.InvalidURL):
+        # Not in the words of httpx, nor with its exception in the traceback: they may repeat a password.
+        raise AutonomousError("the proxy, from -o proxy or the environment, is not a proxy URL") from None
+
+
+def sync_client(proxy: str | None) -> httpx.Client:
+    """The client of this process for ``proxy``, made at its first prompt."""
+    import httpx
+
+    key = client_key(proxy)
+    with _locks.setdefault(os.getpid(), threading.Lock()):
+        if key not in _clients:
+            _clients[key] = new_client(httpx.Client, key)
+            atexit.register(_close_client, os.getpid(), _clients[key])
+        return _clients[key]
+
+
+def _close_client(pid: int, client: httpx.Client) -> None:
+    if pid == os.getpid():  # the connections of a parent process are not a child's to close
+        client.close()
+
+
+class Pool:
+    """An async client, which is one connection pool, and how many prompts are using it."""
+
+    def __init__(self, client: httpx.AsyncClient, siblings: list[Pool]) -> None:
+        self.client = client
+        self.in_flight = 0
+        self.owner = self._own(siblings)
+        siblings.append(self)
+
+    async def _own(self, siblings: list[Pool]) -> AsyncGenerator[None, None]:
+        """Suspended while the client is in use. What ends an event loop calls shutdown_asyncgens, which closes this."""
+        try:
+            yield
+        finally:
+            siblings.remove(self)
+            await self.client.aclose()
+
+
+@contextlib.asynccontextmanager
+async def async_client(proxy: str | None) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the running event loop for ``proxy``, for one prompt.
+
+    For each request, httpcore looks at every connection of a pool, and for idle ones at all others: a pool of a
+    thousand spends its time on that. So prompts beyond `POOL_SIZE` at once get a further pool while they last.
+    """
+    import asyncio
+
+    import httpx
+
+    for loop in [loop for loop in _pools if loop.is_closed()]:
+        del _pools[loop]  # it ended without shutdown_asyncgens
+    key = client_key(proxy)
+    pools = _pools.setdefault(asyncio.get_running_loop(), {}).setdefault(key, [])
+    pool = next((pool for pool in pools if pool.in_flight < POOL_SIZE), None)
+    if pool is None:
+        pool = Pool(new_client(httpx.AsyncClient, key), pools)
+        await anext(pool.owner)  # the first step of a generator is what tells the loop of it
+    pool.in_flight += 1
+    try:
+        yield pool.client
+    finally:
+        pool.in_flight -= 1
+        if not pool.in_flight and pool in pools[1:]:
+            await pool.owner.aclose()
+
+
+# The two classes that move the bytes
+
+
+class _Shared:
+    """What the sync and the async model have in common: all but the loop."""
+
+    can_stream = True
+    Options = AutonomousOptions
+
+    def __init__(self, service: ServiceModel, attempts: int = ATTEMPTS) -> None:
+        self.service = service
+        self.model_id = service.model_id
+        self.attachment_types: set[str] | frozenset[str] = service.attachment_types
+        self.attempts = attempts
+
+
+class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Options class
+    """A model of the service, as `llm.get_model` gives it."""
+
+    def execute(
+        self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
+    ) -> Iterator[str]:
+        call = Call(self, prompt, stream, response)
+        client = sync_client(call.proxy)
+        while True:
+            failure = None
+            try:
+                with client.stream(**call.request()) as reply:
+                    call.open(reply)
+                    for data in reply.iter_bytes():
+                        if text := call.feed(data):
+                            yield text
+                        if call.over:
+                            break
+            except Exception as error:  # whatever it is, the user gets one line; a traceback has the cause
+                failure = error
+            if text := call.close(failure):
+                yield text
+            wait = call.outcome()
+            if wait is None:
+                return
+            time.sleep(wait)
+
+
+class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
+    """A model of the service, as `llm.get_async_model` gives it."""
+
+    async def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.AsyncResponse,
+        conversation: llm.AsyncConversation | None,
+    ) -> AsyncGenerator[str, None]:
+        import asyncio
+
+        call = Call(self, prompt, stream, response)
+        async with async_client(call.proxy) as client:
+            while True:
+                failure = None
+                try:
+                    async with client.stream(**call.request()) as reply:
+                        call.open(reply)
+                        async for data in reply.aiter_bytes():
+                            if text := call.feed(data):
+                                yield text
+                            if call.over:
+                                break
+                except Exception as error:
+                    failure = error
+                if text := call.close(failure):
+                    yield text
+                wait = call.outcome()
+                if wait is None:
+                    return
+                await asyncio.sleep(wait)
+
+
+# The one command
+
+
+@llm.hookimpl
+def register_commands(cli: click.Group) -> None:
+    cli.add_command(autonomous)
+
+
+@click.group()
+def autonomous() -> None:
+    """Look after the models of Autonomous AI"""
+
+
+@autonomous.command()
+@click.option("model_ids", "-m", "--model", multiple=True, help="Model to ask, repeatable (default: all five)")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT),
+    default=20.0,
+    show_default=True,
+    help="Seconds that a whole answer may take",
+)
+@click.option(
+    "options",
+    "-o",
+    "--option",
+    type=(str, str),
+    multiple=True,
+    help="Option for the models, such as: proxy URL",
+)
+@click.option("as_json", "--json", is_flag=True, help="Output as JSON, once all is known")
+def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, str], ...], as_json: bool) -> None:
+    """
+    Is it me or them? Ask the models for a word, and see which answer
+
+    All are asked at once, and each only once. Each gets a row as soon as it is known: the model, its endpoint,
+    and "ok" with the seconds to the first text, or what went wrong. Nothing is logged.
+
+    The exit code is 0 if all answer, and 1 if any does not.
+    """
+    import asyncio
+
+    services = list(SERVICE_MODELS)
+    if model_ids:
+        try:
+            models = [llm.get_async_model(model_id) for model_id in model_ids]
+        except llm.UnknownModelError as error:
+            raise click.ClickException(error.args[0]) from None
+        services = [model.service for model in models if isinstance(model, AsyncAutonomous)]
+        if len(services) < len(models):
+            raise click.ClickException("only the models of Autonomous AI can be checked: llm models -q autonomous")
+    try:
+        settings = AutonomousOptions.model_validate({"timeout": MAX_TIMEOUT, **dict(options)})
+    except ValidationError as error:
+        raise click.ClickException("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+    rows = asyncio.run(_check(dict.fromkeys(services), timeout, settings.model_dump(), show=not as_json))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    if not all(row["ok"] for row in rows):
+        raise click.exceptions.Exit(1)
+
+
+async def _check(
+    services: Iterable[ServiceModel], timeout: float, options: dict[str, Any], show: bool
+) -> list[dict[str, Any]]:
+    import asyncio
+
+    urls = {service: endpoint_url(service.endpoint) for service in services}
+    if show and sys.stderr.isatty():
+        host = next(iter(urls.values())).netloc.decode()
+        click.echo(f"Asking {len(urls)} models at {host}, for up to {timeout:g} s ...", err=True)
+    width = max(len(service.model_id) for service in SERVICE_MODELS)
+
+    async def ask(service: ServiceModel) -> dict[str, Any]:
+        row: dict[str, Any] = {"model": service.model_id, "endpoint": service.endpoint, "ok": False}
+        start = time.perf_counter()
+
+        async def read() -> None:
+            async for _ in AsyncAutonomous(service, attempts=1).prompt("Reply with one word: OK", options=options):
+                row.setdefault("seconds", round(time.perf_counter() - start, 3))
+
+        try:
+            await asyncio.wait_for(read(), timeout)
+            row["ok"] = True
+        except AutonomousError as error:
+            row["error"] = error.message
+        except asyncio.TimeoutError:
+            late = AutonomousError(f"no whole answer within {timeout:g} s", outage=True)
+            row["error"] = late.located(urls[service]).message
+        if show:
+            result = f"ok, {row['seconds']:.2f} s" if row["ok"] else row["error"]
+            click.echo(f"{service.model_id:<{width}} : {service.endpoint:<11} : {result}")
+        return row
+
+    return list(await asyncio.gather(*map(ask, urls)))

@@ -1,0 +1,353 @@
+"""A small real HTTP/1.1 server on 127.0.0.1 that speaks the wire format of the Autonomous service.
+
+    python tests/loopback.py llm -m autonomous-llama "Hello"    runs a command against it
+    python tests/loopback.py                                    serves until Ctrl-C
+
+An *answer* is an async function that is given one `Request` and writes to its `Connection`. `speak` is the one
+that follows the protocol: its text says what it was told. Tests put others in `Loopback.answers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Written out again from the protocol, so that the tests do not take the plugin's word for it.
+ENDPOINTS = {
+    "llama": "chat",
+    "qwen_coder": "chat",
+    "hermes": "chat-hermes",
+    "vision": "chat-vision",
+    "summary": "summary",
+}
+BACKENDS = {
+    "llama": "llama-3.3-70b",
+    "qwen_coder": "qwen-2.5-coder-32b",
+    "hermes": "hermes-3",
+    "vision": "llama-3.2-90b",
+    "summary": "llama-3.2-70b",
+}
+PREFIX = "/api/v1/ai/"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(chunk: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def delta(text: str | None = None, finish_reason: str | None = None, **envelope: Any) -> dict[str, Any]:
+    """One chat-completion chunk."""
+    return {
+        "id": "chatcmpl-loopback",
+        "object": "chat.completion.chunk",
+        "created": 1738368000,
+        **envelope,
+        "choices": [{"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish_reason}],
+    }
+
+
+@dataclass
+class Request:
+    """One request as it came: `method`, `path`, `headers` (names in lower case), `body`."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    connection: int  # which connection of the server it came on, from 1
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        payload = json.loads(self.body)
+        assert isinstance(payload, dict)
+        return payload
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return json.loads(base64.b64decode(self.payload["messages"], validate=True))
+
+
+@dataclass
+class Connection:
+    """The server's end of one connection, for one reply."""
+
+    writer: asyncio.StreamWriter
+    chunked: bool = False
+    dropped: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def head(
+        self, status: str = "200 OK", headers: dict[str, str] | None = None, length: int | None = None
+    ) -> None:
+        """Send the head; a body follows by `send` and `end` (chunked) or, given its length, by `raw`."""
+        self.chunked = length is None
+        lines = {"content-type": "text/event-stream", **(headers or {})}
+        lines |= {"transfer-encoding": "chunked"} if length is None else {"content-length": str(length)}
+        text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        await self.raw(f"HTTP/1.1 {status}\r\n{text}\r\n".encode("latin-1"))
+
+    async def send(self, data: bytes) -> None:
+        """Send a piece of the body, as one HTTP chunk."""
+        await self.raw(b"%x\r\n%s\r\n" % (len(data), data))
+
+    async def end(self) -> None:
+        await self.raw(b"0\r\n\r\n")
+
+    async def raw(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def whole(self, body: bytes, status: str = "200 OK", headers: dict[str, str] | None = None) -> None:
+        """Send a reply that is complete."""
+        await self.head(status, {"content-type": "application/json", **(headers or {})}, len(body))
+        await self.raw(body)
+
+    async def drop(self, reset: bool = False) -> None:
+        """Close the connection, whatever was promised."""
+        self.dropped = True
+        if reset:
+            self.writer.transport.abort()
+
+    async def stall(self) -> None:
+        """Say nothing more, until the client goes or the server stops."""
+        self.dropped = True
+        await self.stopping.wait()
+
+
+Answer = Callable[[Request, Connection], Awaitable[None]]
+
+
+def describe(request: Request) -> str:
+    """What a request told the server, in words."""
+    *before, last = request.messages
+    system = [message["content"] for message in before if message["role"] == "system"]
+    before = [message for message in before if message["role"] != "system"]
+    content = last["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    text = " ".join(part["text"] for part in parts if part["type"] == "text")
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    words = [f"{request.payload['aiAgent']} heard: {text}"]
+    if system:
+        words.append(f"System prompt: {' '.join(system)}")
+    if before:
+        words.append(f"Messages before: {len(before)}, the last: {before[-1]['content']}")
+    if urls:
+        words.append(f"Pictures: {', '.join(url.partition(',')[0] for url in urls)}")
+    return "\n".join(words)
+
+
+def check(request: Request) -> str | None:
+    """What is wrong with a request, by the protocol."""
+    try:
+        payload, messages = request.payload, request.messages
+    except (ValueError, KeyError, AssertionError, binascii.Error) as error:
+        return f"the body cannot be read: {error}"
+    model = payload.get("aiAgent")
+    if sorted(payload) != ["aiAgent", "messages", "stream", "threadId"]:
+        return f"the keys of the body are {sorted(payload)}"
+    if model not in ENDPOINTS or payload["threadId"] != model:
+        return f"unknown model {model}"
+    if not request.path.endswith(PREFIX + ENDPOINTS[model]) or request.method != "POST":
+        return f"{model} is not at {request.method} {request.path}"
+    if not messages or any(sorted(message) != ["content", "role"] for message in messages):
+        return "the messages are not of roles and contents"
+    return None
+
+
+def speak(pause: float = 0.0) -> Answer:
+    """The answer that follows the protocol, with ``pause`` seconds between its words."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        if wrong := check(request):
+            body = json.dumps({"error": {"message": wrong}}).encode()
+            await connection.whole(body, "400 Bad Request")
+            return
+        words = re.findall(r"\S+\s*|\s+", describe(request))
+        model = BACKENDS[request.payload["aiAgent"]]
+        asked = sum(len(str(message["content"]).split()) for message in request.messages)
+        usage = {
+            "prompt_tokens": asked,
+            "completion_tokens": len(words),
+            "total_tokens": asked + len(words),
+        }
+        if not request.payload["stream"]:
+            completion = delta(finish_reason="stop", model=model, usage=usage)
+            completion["object"] = "chat.completion"
+            completion["choices"][0].pop("delta")
+            completion["choices"][0]["message"] = {"role": "assistant", "content": "".join(words)}
+            await connection.whole(json.dumps(completion).encode())
+            return
+        await connection.head()
+        for word in words:
+            await connection.send(event(delta(word, model=model)))
+            if pause:
+                await asyncio.sleep(pause)
+        await connection.send(event(delta(finish_reason="stop", model=model)))
+        await connection.send(event({**delta(model=model), "choices": [], "usage": usage}))
+        await connection.send(DONE)
+        await connection.end()
+
+    return answer
+
+
+def say(pieces: Iterable[bytes], pause: float = 0.0, **head: Any) -> Answer:
+    """An answer of these very bytes, each piece in an HTTP chunk of its own."""
+    pieces = list(pieces)
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head(**head)
+        for piece in pieces:
+            await connection.send(piece)
+            if pause:
+                await asyncio.sleep(pause)
+        await connection.end()
+
+    return answer
+
+
+class Loopback:
+    """The server, in a thread of its own: ``with Loopback() as server: ... server.url``."""
+
+    def __init__(self, answer: Answer | None = None, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
+        self.answer = answer or speak()  # for every request
+        self.answers: deque[Answer] = deque()  # one for each of the next requests, before that
+        self.requests: list[Request] = []
+        self.connections = 0  # accepted so far
+        self.open: set[int] = set()  # those that are open now, by number
+        self.errors: list[BaseException] = []
+        self._tls = tls
+        self._port = port
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def __enter__(self) -> Loopback:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+        if self.errors:
+            raise self.errors[0]
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def last(self) -> Request:
+        return self.requests[-1]
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        server = await asyncio.start_server(self._accept, "127.0.0.1", self._port, ssl=self._tls, backlog=2048)
+        self.port: int = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._stopping.wait()
+        server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        number = self.connections
+        self.open.add(number)
+        try:
+            async for request in self._read(reader, number):
+                self.requests.append(request)
+                connection = Connection(writer, stopping=self._stopping)
+                answer = self.answers.popleft() if self.answers else self.answer
+                gone = asyncio.create_task(self._gone(reader))
+                answering = asyncio.ensure_future(answer(request, connection))
+                await asyncio.wait({gone, answering}, return_when=asyncio.FIRST_COMPLETED)
+                client_left = not answering.done()
+                for unfinished in (gone, answering):
+                    unfinished.cancel()
+                await asyncio.gather(gone, answering, return_exceptions=True)
+                if not client_left:
+                    answering.result()
+                if client_left or connection.dropped:
+                    break
+        except (ConnectionError, ssl.SSLError, asyncio.CancelledError):
+            pass
+        except Exception as error:
+            self.errors.append(error)
+        finally:
+            writer.close()
+            self.open.discard(number)
+            self._tasks.discard(task)
+
+    async def _gone(self, reader: asyncio.StreamReader) -> None:
+        """Ends when the client has closed its end; the client sends nothing before the reply is over."""
+        while not reader.at_eof():
+            await asyncio.sleep(0.005)
+
+    async def _read(self, reader: asyncio.StreamReader, number: int) -> AsyncIterator[Request]:
+        while True:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                return
+            first, *lines = head.decode("latin-1").split("\r\n")
+            method, path, _ = first.split(" ")
+            pairs = (line.partition(":") for line in lines if line)
+            headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            yield Request(method, path, headers, body, number)
+
+
+def environment(url: str) -> dict[str, str]:
+    """The environment in which a command talks to the server at ``url``, and finds the `llm` of this Python."""
+    scripts = str(Path(sys.executable).parent)
+    path = os.pathsep.join((scripts, os.environ.get("PATH", os.defpath)))
+    return {**os.environ, "AUTONOMOUS_BASE_URL": url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PATH": path}
+
+
+def main(command: list[str]) -> int:
+    with Loopback(speak(pause=0.02)) as server:
+        if not command:
+            print(f"export AUTONOMOUS_BASE_URL={server.url}", flush=True)
+            try:
+                signal.pause()
+            except KeyboardInterrupt:
+                return 0
+        # Ctrl-C is the command's to handle: it goes to both.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        settings = environment(server.url)
+        try:
+            process = subprocess.Popen(command, env=settings, preexec_fn=_default_interrupt)
+        except OSError as error:
+            print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+            return 127
+        code = process.wait()
+        return code if code >= 0 else 128 - code
+
+
+def _default_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
