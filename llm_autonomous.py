@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
+# What httpx makes a client from, beside its arguments.
+PROXY_VARIABLES = tuple(f(f"{name}_proxy") for name in ("http", "https", "all", "no") for f in (str.lower, str.upper))
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
@@ -81,12 +84,16 @@ class ServiceModel(NamedTuple):
     name: str  # goes into `aiAgent` and `threadId`
     endpoint: str  # below /api/v1/ai/
     backend: str  # the model behind it, and its bare alias
-    aliases: tuple[str, ...] = ()  # beside autonomous-<backend>
+    own_aliases: tuple[str, ...] = ()
     attachment_types: frozenset[str] = frozenset()
 
     @property
     def model_id(self) -> str:
         return f"autonomous-{self.name}"
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return (*self.own_aliases, f"autonomous-{self.backend}")
 
 
 IMAGE_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif"})
@@ -106,7 +113,7 @@ SERVICE_MODELS = (
 @llm.hookimpl(trylast=True)
 def register_models(register: Callable[..., None], model_aliases: list[ModelWithAliases]) -> None:
     for service in SERVICE_MODELS:
-        aliases = [*service.aliases, f"autonomous-{service.backend}"]
+        aliases = [*service.aliases]
         # The bare names are common property. Behind the other plugins (trylast) it is known which are free.
         taken = {name for known in model_aliases for name in (known.model.model_id, *known.aliases)}
         if service.backend not in taken:
@@ -346,14 +353,9 @@ class ReplyDecoder:
 
     def _read_end(self, deltas: list[str]) -> None:
         last_line = b"".join(self._line).decode("utf-8", "replace")
-        try:
-            if last_line:
-                self._read_line(last_line, deltas)
-            self._read_held(deltas)
-        except AutonomousError:
-            if last_line and (self.answered or deltas):
-                raise AutonomousError("the reply ends within an event: the answer is incomplete") from None
-            raise
+        if last_line:
+            self._read_line(last_line, deltas)
+        self._read_held(deltas, cut=bool(last_line and (self.answered or deltas)))
         self._end_text(deltas)
 
     def _read_line(self, line: str, deltas: list[str]) -> None:
@@ -385,15 +387,18 @@ class ReplyDecoder:
         if self._held_size > MAX_EVENT_BYTES:
             raise too_large()
 
-    def _read_held(self, deltas: list[str]) -> None:
-        """Read the event that a blank line, the next event, or the end of the reply has completed."""
+    def _read_held(self, deltas: list[str], cut: bool = False) -> None:
+        """Read the event that a blank line, the next event, or the end of the reply has completed or cut off."""
         held = "\n".join(self._held)
         self._held.clear()
         self._held_size = 0
         if held.lstrip().startswith("<"):
             raise web_page(held)
         if rest := self._read_values(held, deltas):
-            raise not_understood(rest)
+            if not cut:
+                raise not_understood(rest)
+            if not self.complete:
+                raise AutonomousError("the answer is incomplete: the reply ends within an event")
 
     def _read_values(self, text: str, deltas: list[str]) -> str:
         """Read JSON values, one behind the other; return the rest, from the first that is not complete."""
@@ -648,27 +653,36 @@ def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | N
 class Call:
     """One prompt on its way: its request, its attempts, and the reply as far as it has come. No I/O.
 
-    The loops of `Autonomous` and `AsyncAutonomous` go through it alike, for each attempt: `request`, `open`,
-    `feed` until `over`, `close`, and `outcome`, which says whether there is to be another.
+    The loops of `Autonomous` and `AsyncAutonomous` go through it alike, for each attempt: `begin`, `open`, `feed`
+    until `over`, `close`, and `outcome`, which says whether there is to be another.
     """
 
     def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any) -> None:
+        import httpx
+
         service, options = model.service, cast(AutonomousOptions, prompt.options)
         messages = build_messages(prompt.messages, service.attachment_types)
         last = messages[-1]["content"] if messages and messages[-1]["role"] == "user" else ""
         if isinstance(last, str) and not last.strip():
             raise AutonomousError("the prompt is empty: nothing was sent")
-        self.url = endpoint_url(service.endpoint)
-        self.body = build_body(service, messages, stream)
+        url = endpoint_url(service.endpoint)
+        self.auth = (url.username, url.password) if url.userinfo else None
+        self.url = url.copy_with(userinfo=b"")  # httpx logs it: without user name and password
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
+        limits = httpx.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT), pool=None)
+        self.request = httpx.Request(
+            "POST",
+            self.url,
+            headers=build_headers(),
+            content=build_body(service, messages, stream),
+            extensions={"timeout": limits.as_dict()},
+        )
         self.attempt, self.attempts = 0, model.attempts
         self.response = response
 
-    def request(self) -> dict[str, Any]:
-        """Begin an attempt: the keyword arguments for the ``stream`` method of an httpx client."""
-        import httpx
-
+    def begin(self) -> httpx.Request:
+        """Begin an attempt."""
         self.attempt += 1
         self.decoder = ReplyDecoder()
         self.failure: Exception | None = None
@@ -676,15 +690,7 @@ class Call:
         self.refusal_body = b""
         self.deadline = math.inf  # to have read all that is still worth reading, by time.monotonic()
         self.hurried: Any = None  # the network stream that was told so
-        return {
-            "method": "POST",
-            "url": self.url.copy_with(userinfo=b""),  # httpx logs it: without user name and password
-            "auth": (self.url.username, self.url.password) if self.url.userinfo else None,
-            "content": self.body,
-            "headers": build_headers(),
-            "follow_redirects": False,
-            "timeout": httpx.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT), pool=None),
-        }
+        return self.request
 
     def open(self, reply: httpx.Response) -> None:
         """Take the head of the reply."""
@@ -753,12 +759,13 @@ class Call:
         keys = ("id", "model", "created", "finish_reason", "usage")
         self.response.response_json = {key: envelope[key] for key in keys if key in envelope}
         if isinstance(model := envelope.get("model"), str):
-            self.response.set_resolved_model(model)
+            self.response.set_resolved_model(quoted(model))
         if isinstance(usage := envelope.get("usage"), dict):
-            tokens = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-            read, written = (count if isinstance(count, int) else None for count in tokens)
+            counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+            # What is not a number that SQLite can hold would break the log of a good answer.
+            sent, received = (n if isinstance(n, int) and 0 <= n < 2**63 else None for n in counts)
             details = {key: usage[key] for key in usage if key.endswith("_details")}
-            self.response.set_usage(input=read, output=written, details=simplify_usage_dict(details) or None)
+            self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         if envelope.get("finish_reason") == "length":
             logger.warning("the answer may be cut short: it reached the model's limit (finish reason: length)")
         elif not self.decoder.complete:
@@ -778,9 +785,7 @@ _pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[ClientKey, lis
 
 def client_key(proxy: str | None) -> ClientKey:
     """What a client is good for: its process, since a connection belongs to one, its proxy and its settings."""
-    names = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
-    settings = [os.environ.get(spelling) for name in names for spelling in (name, name.upper())]
-    return (os.getpid(), proxy, *settings)
+    return (os.getpid(), proxy, *map(os.environ.get, (*PROXY_VARIABLES, *CERTIFICATE_VARIABLES)))
 
 
 def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
@@ -790,11 +795,11 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
     """
     import httpx
 
-    _, proxy, *_ = key
+    proxy, certificates = key[1], key[-len(CERTIFICATE_VARIABLES) :]
     try:
-        context = _ssl_contexts.get(key)
+        context = _ssl_contexts.get(certificates)
         if context is None:
-            context = _ssl_contexts[key] = httpx.create_ssl_context()
+            context = _ssl_contexts[certificates] = httpx.create_ssl_context()
         return kind(
             verify=context,
             # Either way the proxy resolves the names, but httpx knows the word socks5h only since 0.28.
@@ -831,26 +836,37 @@ def _close_client(pid: int, client: httpx.Client) -> None:
 
 
 class Pool:
-    """An async client, which is one connection pool, and how many prompts are using it."""
+    """An async client, which is one connection pool, and how many prompts are using it: ``async with`` counts."""
 
     def __init__(self, client: httpx.AsyncClient, siblings: list[Pool]) -> None:
         self.client = client
         self.in_flight = 0
-        self.owner = self._own(siblings)
-        siblings.append(self)
+        self.siblings = siblings
+        self.owner = self._own()
 
-    async def _own(self, siblings: list[Pool]) -> AsyncGenerator[None, None]:
+    async def __aenter__(self) -> httpx.AsyncClient:
+        if self not in self.siblings:
+            self.siblings.append(self)
+            await anext(self.owner)  # the first step of a generator is what tells the event loop of it
+        self.in_flight += 1
+        return self.client
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.in_flight -= 1
+        if not self.in_flight and self in self.siblings[1:]:
+            await self.owner.aclose()
+
+    async def _own(self) -> AsyncGenerator[None, None]:
         """Suspended while the client is in use. What ends an event loop calls shutdown_asyncgens, which closes this."""
         try:
             yield
         finally:
-            siblings.remove(self)
+            self.siblings.remove(self)
             await self.client.aclose()
 
 
-@contextlib.asynccontextmanager
-async def async_client(proxy: str | None) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the running event loop for ``proxy``, for one prompt.
+def async_pool(proxy: str | None) -> Pool:
+    """A pool of the running event loop for ``proxy``, for one prompt.
 
     For each request, httpcore looks at every connection of a pool, and for idle ones at all others: a pool of a
     thousand spends its time on that. So prompts beyond `POOL_SIZE` at once get a further pool while they last.
@@ -859,21 +875,13 @@ async def async_client(proxy: str | None) -> AsyncIterator[httpx.AsyncClient]:
 
     import httpx
 
-    for loop in [loop for loop in _pools if loop.is_closed()]:
-        del _pools[loop]  # it ended without shutdown_asyncgens
+    for known in _pools.keyrefs():
+        if (loop := known()) and loop.is_closed():
+            _pools.pop(loop, None)  # it ended without shutdown_asyncgens
     key = client_key(proxy)
     pools = _pools.setdefault(asyncio.get_running_loop(), {}).setdefault(key, [])
-    pool = next((pool for pool in pools if pool.in_flight < POOL_SIZE), None)
-    if pool is None:
-        pool = Pool(new_client(httpx.AsyncClient, key), pools)
-        await anext(pool.owner)  # the first step of a generator is what tells the loop of it
-    pool.in_flight += 1
-    try:
-        yield pool.client
-    finally:
-        pool.in_flight -= 1
-        if not pool.in_flight and pool in pools[1:]:
-            await pool.owner.aclose()
+    free = (pool for pool in pools if pool.in_flight < POOL_SIZE)
+    return next(free, None) or Pool(new_client(httpx.AsyncClient, key), pools)
 
 
 # The two classes that move the bytes
@@ -903,7 +911,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
         while True:
             failure = None
             try:
-                with client.stream(**call.request()) as reply:
+                with contextlib.closing(client.send(call.begin(), auth=call.auth, stream=True)) as reply:
                     call.open(reply)
                     for data in reply.iter_bytes():
                         if text := call.feed(data):
@@ -933,11 +941,14 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         import asyncio
 
         call = Call(self, prompt, stream, response)
-        async with async_client(call.proxy) as client:
+        # An event loop that ends closes all its async generators, in no order. There is no other here than this
+        # one and those of httpx that it reads: two that close each other would be reported as errors.
+        async with async_pool(call.proxy) as client:
             while True:
                 failure = None
                 try:
-                    async with client.stream(**call.request()) as reply:
+                    reply = await client.send(call.begin(), auth=call.auth, stream=True)
+                    async with contextlib.aclosing(reply):
                         call.open(reply)
                         async for data in reply.aiter_bytes():
                             if text := call.feed(data):

@@ -1,0 +1,116 @@
+"""The README's sessions are run, its generated parts generated again, and its commands held to those of CI."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback import Loopback, environment
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of README in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def python_examples() -> list[tuple[str, str]]:
+    """Each Python example of README with the output that stands behind it."""
+    return re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def chat(command: str, typed: list[str], settings: dict[str, str]) -> str:
+    """What a terminal shows of a command to which ``typed`` is typed, a line at each of its prompts."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        ["bash", "-c", command], stdin=theirs, stdout=theirs, stderr=theirs, env={**settings, "TERM": "dumb"}
+    )
+    os.close(theirs)
+    shown, deadline = "", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not select.select([ours], [], [], 1)[0]:
+            continue
+        try:
+            shown += os.read(ours, 4096).decode()
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if typed and shown.endswith("> "):
+            os.write(ours, typed.pop(0).encode() + b"\n")
+    os.close(ours)
+    assert process.wait(60) == 0
+    return shown.replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of one person who tries all that README shows, from its start to its end."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "photo.png").write_bytes(PNG)
+    with Loopback() as server:
+        yield {**environment(server.url), "LLM_USER_PATH": str(folder / "llm"), "HOME": str(folder), "PWD": str(folder)}
+
+
+def test_sessions_show_what_the_commands_print(settings: dict[str, str]) -> None:
+    """Every console block, run in its order, prints what README says it prints."""
+    assert len(blocks("console")) >= 6
+    for block in blocks("console"):
+        for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            if command.startswith("llm chat"):
+                shown = chat(command, re.findall(r"^> (.*)$", output, re.MULTILINE), settings)
+            else:
+                shown = subprocess.run(
+                    ["bash", "-c", command],
+                    env=settings,
+                    cwd=settings["PWD"],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    timeout=60,
+                ).stdout
+            assert shown == output, command
+
+
+@pytest.mark.parametrize(("code", "output"), python_examples())
+def test_python_examples_print_what_they_say(code: str, output: str, settings: dict[str, str]) -> None:
+    """Every Python example runs as it stands and prints what the block behind it holds."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=settings, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (0, output), result.stderr
+
+
+def test_every_python_example_has_its_output() -> None:
+    """No Python example goes unchecked."""
+    assert len(python_examples()) == len(blocks("python")) == 3
+
+
+def test_generated_parts_are_up_to_date(settings: dict[str, str]) -> None:
+    """The model table and the help texts of README are those of the code."""
+    result = subprocess.run(
+        [sys.executable, "-m", "cogapp", "--check", "--diff", "README.md"],
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_ci_runs_the_test_command_of_readme() -> None:
+    """The command that README gives for the tests stands in .ci/run as it is."""
+    commands = [block.strip() for block in blocks("bash") if "coverage run -m pytest" in block]
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text().splitlines()
