@@ -17,7 +17,6 @@ import contextlib
 import datetime
 import email.utils
 import functools
-import html
 import importlib.metadata
 import json
 import logging
@@ -29,7 +28,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -213,14 +212,14 @@ def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | 
     Nothing is fetched: `llm` has asked a URL for its type by the time it is part of a prompt, and one that
     comes without a type is taken at its word.
     """
+    if not image_types or (attachment.url and not attachment.content):
+        return attachment.url if image_types and attachment.type in (None, *image_types) else None
     try:
-        if attachment.url and not attachment.content:
-            return attachment.url if image_types and attachment.type in (None, *image_types) else None
-        kind = attachment.resolve_type() if image_types else None
-        return f"data:{kind};base64,{attachment.base64_content()}" if kind in image_types else None
-    except (OSError, ValueError) as error:
+        encoded, kind = attachment.base64_content(), attachment.resolve_type()
+    except (OSError, TypeError, ValueError) as error:
         logger.warning("an image of this conversation is not sent, since it can no longer be read: %s", error)
         return None
+    return f"data:{kind};base64,{encoded}" if kind in image_types else None
 
 
 def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
@@ -260,11 +259,11 @@ def endpoint_url(endpoint: str) -> httpx.URL:
         usable = url.scheme in ("http", "https") and bool(url.host) and (url.port or 80) in range(1, 65536)
     except httpx.InvalidURL:
         usable = False
-    if not usable:
+    if not usable or url.query or url.fragment:
         raise AutonomousError(
             f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host, such as http://127.0.0.1:8000"
         )
-    return url.copy_with(path=f"{url.path.rstrip('/')}/api/v1/ai/{endpoint}")
+    return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
 
 
 # How the reply is read
@@ -287,13 +286,13 @@ class ReplyDecoder:
         self.error: AutonomousError | None = None
         self._whole = False  # a completion has come in one piece, which needs no [DONE]
         self._understood = False  # something of a known shape has come
-        self._stray = ""  # the first line that no rule knows
+        self._stray = ""  # the first line of an unknown field
         self._first = True  # no line has been read yet
         self._skip_newline = False  # a CR ended the last feed: an LF at the start of the next belongs to it
         self._line: list[bytes] = []  # the line that has not ended yet, in pieces
         self._line_size = 0  # bytes
         self._held: list[str] = []  # the lines of an event that is not complete yet
-        self._held_size = 0  # characters
+        self._held_size = 0  # bytes
         self._document = False  # what is held goes on to the end of the reply: a web page, or JSON in many lines
         self._surrogate = ""  # the first half of a character that was cut in two deltas
 
@@ -326,10 +325,11 @@ class ReplyDecoder:
 
     def _read_bytes(self, deltas: list[str], data: bytes) -> None:
         # Lines end at CRLF, LF or CR and nowhere else: U+2028 and its like are text, so no splitlines here.
-        if self._skip_newline and data.startswith(b"\n"):
-            data = data[1:]
-        self._skip_newline = data.endswith(b"\r")
+        if self._skip_newline and data:
+            self._skip_newline = False
+            data = data.removeprefix(b"\n")
         if b"\r" in data:
+            self._skip_newline = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, rest = data.split(b"\n")
         if lines and self._line:
@@ -378,12 +378,14 @@ class ReplyDecoder:
             if rest := self._read_values(line, deltas):
                 self._document = True
                 self._hold(rest)
-        elif not self._stray:
-            self._stray = line
+        elif _unknown_field(line):
+            self._stray = self._stray or line
+        else:
+            raise not_understood(line)
 
     def _hold(self, line: str) -> None:
         self._held.append(line)
-        self._held_size += len(line) + 1
+        self._held_size += len(line.encode()) + 1
         if self._held_size > MAX_EVENT_BYTES:
             raise too_large()
 
@@ -402,18 +404,17 @@ class ReplyDecoder:
 
     def _read_values(self, text: str, deltas: list[str]) -> str:
         """Read JSON values, one behind the other; return the rest, from the first that is not complete."""
-        start = _space(text).end()
-        while start < len(text) and not self.ended:
-            if text.startswith("[DONE]", start):
-                self._end_text(deltas)
-                self.ended = True
-                break
+        end = 0
+        while not self.ended and end < len(text) and (start := _space(text, end).end()) < len(text):
             try:
                 value, end = _decode_json(text, start)
             except (ValueError, RecursionError):
-                return text[start:]
-            self._read_value(value, text[start : min(end, start + MAX_EXCERPT)], deltas)
-            start = _space(text, end).end()
+                if not text.startswith("[DONE]", start):
+                    return text[start:]
+                self._end_text(deltas)
+                self.ended = True
+            else:
+                self._read_value(value, text[start : min(end, start + 2 * MAX_EXCERPT)], deltas)
         return ""
 
     def _read_value(self, chunk: Any, excerpt: str, deltas: list[str]) -> None:
@@ -444,13 +445,13 @@ class ReplyDecoder:
         if text:
             deltas.append(text)
         if finish_reason:
-            self.envelope["finish_reason"] = finish_reason
+            self.envelope["finish_reason"] = shallow(finish_reason)
         if usage := chunk.get("usage"):
-            self.envelope["usage"] = usage
+            self.envelope["usage"] = shallow(usage)
         if "model" not in self.envelope or "id" not in self.envelope:
             for key in ("id", "model", "created"):
                 if (value := chunk.get(key)) is not None:
-                    self.envelope.setdefault(key, value)
+                    self.envelope.setdefault(key, shallow(value))
 
     def _join_surrogates(self, text: str) -> str:
         # A server that cuts its text by UTF-16 units sends half a character (an escape such as \ud83d) at the
@@ -468,6 +469,17 @@ class ReplyDecoder:
 
 _decode_json = json.JSONDecoder(strict=False).raw_decode
 _space: Callable[..., re.Match[str]] = re.compile(r"\s*").match  # type: ignore[assignment]
+# WHATWG lets a reader ignore fields it does not know; a line that cannot be one may be text that was garbled.
+_unknown_field = re.compile(r"\s*|[\w-]+(:.*)?", re.ASCII | re.DOTALL).fullmatch
+
+
+def shallow(value: Any, depth: int = 3) -> Any:
+    """A JSON value without what is nested deeper than anything here should be: Python could not write it again."""
+    if isinstance(value, (dict, list)) and depth == 0:
+        return None
+    if isinstance(value, dict):
+        return {key: shallow(nested, depth - 1) for key, nested in value.items()}
+    return [shallow(nested, depth - 1) for nested in value] if isinstance(value, list) else value
 
 
 # What can go wrong
@@ -523,10 +535,11 @@ def empty(finish_reason: object) -> AutonomousError:
 
 
 def web_page(page: str, status: str = "") -> AutonomousError:
-    page = page[:MAX_PAGE_BYTES]
-    lower = page.lower()
-    start = lower.find(">", lower.find("<title")) + 1 if "<title" in lower else 0
-    title = quoted(html.unescape(page[start : lower.find("</title", start)])) if start else ""
+    import html
+
+    # The bounds keep a page of nothing but "<title" from costing its length squared.
+    found = re.search(r"<title[^>]{0,99}>([^<]{1,999})", page[:MAX_PAGE_BYTES], re.IGNORECASE)
+    title = quoted(html.unescape(found[1])) if found else ""
     answer = f"answered with a web page titled: {title}" if title else "answered with a web page without a title"
     return AutonomousError(f"{status}: {answer}" if status else answer, outage=True)
 
@@ -539,8 +552,8 @@ def error_words(body: object) -> str:
             if isinstance(words, dict):
                 words = words.get("message") or words
             if words and not isinstance(words, bool):
-                return words if isinstance(words, str) else json.dumps(words)
-    return body if isinstance(body, str) else json.dumps(body)
+                return words if isinstance(words, str) else json.dumps(shallow(words))
+    return body if isinstance(body, str) else json.dumps(shallow(body))
 
 
 def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
@@ -573,7 +586,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
 
 def parse_retry_after(value: str) -> float | None:
     """Seconds to wait, from a ``Retry-After`` header of seconds or a date (RFC 9110, section 10.2.3)."""
-    if re.fullmatch(r"[0-9]{1,9}", value):
+    if re.fullmatch(r"[0-9]+", value):
         return float(value)
     try:
         date = email.utils.parsedate_to_datetime(value)
@@ -586,6 +599,8 @@ def transport_error(error: Exception, answered: bool, timeout: float) -> Autonom
     """The error for an exception of the HTTP client, or of what it stands on."""
     import httpx
 
+    if isinstance(error, AutonomousError):
+        return error
     reason, certificate = root_reason(error)
     silent = isinstance(error, httpx.TimeoutException)
     # The words of httpcore and h11 for a dropped connection; their others are for malformed replies.
@@ -599,7 +614,8 @@ def transport_error(error: Exception, answered: bool, timeout: float) -> Autonom
     if certificate:
         return AutonomousError(
             f"its certificate cannot be verified: {reason}. Behind a company proxy, name the file with the "
-            "proxy's certificate authority in SSL_CERT_FILE"
+            "proxy's certificate authority in SSL_CERT_FILE",
+            outage=True,
         )
     if isinstance(error, httpx.ConnectTimeout):
         reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
@@ -679,7 +695,9 @@ class Call:
             extensions={"timeout": limits.as_dict()},
         )
         self.attempt, self.attempts = 0, model.attempts
-        self.response = response
+        # Only a weak reference: an async response keeps the generator that keeps this, and such a circle would leave
+        # the connection of a reader that stops early to the garbage collector.
+        self.response: Any = weakref.proxy(response)
 
     def begin(self) -> httpx.Request:
         """Begin an attempt."""
@@ -699,9 +717,9 @@ class Call:
         if not reply.is_success:
             self.refusal = reply
             self._hurry(ERROR_BODY_TIMEOUT)
-        elif encoding not in ("identity", "gzip", "deflate"):
+        if encoding not in ("identity", "gzip", "deflate"):
             # Not asked for; and encodings on top of each other unpack to more than memory holds.
-            self.decoder.error = AutonomousError(f"the reply was not understood: encoding {quoted(encoding)}")
+            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(encoding)}")
 
     def feed(self, data: bytes) -> str:
         """Take the next bytes of the reply; return the text in them."""
@@ -796,6 +814,7 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
     import httpx
 
     proxy, certificates = key[1], key[-len(CERTIFICATE_VARIABLES) :]
+    logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # it writes a proxy's password into its debug log
     try:
         context = _ssl_contexts.get(certificates)
         if context is None:
@@ -941,6 +960,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         import asyncio
 
         call = Call(self, prompt, stream, response)
+        del response  # as Call does not keep it either
         # An event loop that ends closes all its async generators, in no order. There is no other here than this
         # one and those of httpx that it reads: two that close each other would be reported as errors.
         async with async_pool(call.proxy) as client:
@@ -980,20 +1000,9 @@ def autonomous() -> None:
 
 @autonomous.command()
 @click.option("model_ids", "-m", "--model", multiple=True, help="Model to ask, repeatable (default: all five)")
+@click.option("--timeout", default=20.0, show_default=True, help="Seconds that a whole answer may take")
 @click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT),
-    default=20.0,
-    show_default=True,
-    help="Seconds that a whole answer may take",
-)
-@click.option(
-    "options",
-    "-o",
-    "--option",
-    type=(str, str),
-    multiple=True,
-    help="Option for the models, such as: proxy URL",
+    "options", "-o", "--option", type=(str, str), multiple=True, help="Option for the models, such as: proxy URL"
 )
 @click.option("as_json", "--json", is_flag=True, help="Output as JSON, once all is known")
 def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, str], ...], as_json: bool) -> None:
@@ -1007,20 +1016,19 @@ def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, 
     """
     import asyncio
 
-    services = list(SERVICE_MODELS)
-    if model_ids:
-        try:
-            models = [llm.get_async_model(model_id) for model_id in model_ids]
-        except llm.UnknownModelError as error:
-            raise click.ClickException(error.args[0]) from None
-        services = [model.service for model in models if isinstance(model, AsyncAutonomous)]
-        if len(services) < len(models):
-            raise click.ClickException("only the models of Autonomous AI can be checked: llm models -q autonomous")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise click.BadParameter("must be more than 0, and at most a day", param_hint="'--timeout'")
     try:
+        models = [llm.get_async_model(model_id) for model_id in model_ids or [s.model_id for s in SERVICE_MODELS]]
         settings = AutonomousOptions.model_validate({"timeout": MAX_TIMEOUT, **dict(options)})
+    except llm.UnknownModelError as error:
+        raise click.ClickException(error.args[0]) from None
     except ValidationError as error:
         raise click.ClickException("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
-    rows = asyncio.run(_check(dict.fromkeys(services), timeout, settings.model_dump(), show=not as_json))
+    services = [model.service for model in models if isinstance(model, AsyncAutonomous)]
+    if len(services) < len(models):
+        raise click.ClickException("only the models of Autonomous AI can be checked: llm models -q autonomous")
+    rows = asyncio.run(_check(services, timeout, settings.model_dump(), show=not as_json))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     if not all(row["ok"] for row in rows):
@@ -1028,14 +1036,12 @@ def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, 
 
 
 async def _check(
-    services: Iterable[ServiceModel], timeout: float, options: dict[str, Any], show: bool
+    services: list[ServiceModel], timeout: float, options: dict[str, Any], show: bool
 ) -> list[dict[str, Any]]:
+    """Ask all the models at once, show a row for each as it comes, and return the rows."""
     import asyncio
 
     urls = {service: endpoint_url(service.endpoint) for service in services}
-    if show and sys.stderr.isatty():
-        host = next(iter(urls.values())).netloc.decode()
-        click.echo(f"Asking {len(urls)} models at {host}, for up to {timeout:g} s ...", err=True)
     width = max(len(service.model_id) for service in SERVICE_MODELS)
 
     async def ask(service: ServiceModel) -> dict[str, Any]:
@@ -1059,4 +1065,7 @@ async def _check(
             click.echo(f"{service.model_id:<{width}} : {service.endpoint:<11} : {result}")
         return row
 
+    if show and sys.stderr.isatty():
+        host = urls[services[0]].netloc.decode()
+        click.echo(f"Asking {len(urls)} models at {host}, for up to {timeout:g} s ...", err=True)
     return list(await asyncio.gather(*map(ask, urls)))

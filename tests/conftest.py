@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from loopback import Loopback
 
 import llm_autonomous
 from llm_autonomous import AutonomousError
+
+# Each look-up makes all models of all plugins again, which costs the oldest llm 0.3 s.
+get_model = functools.cache(llm.get_model)
+get_async_model = functools.cache(llm.get_async_model)
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Answer:
 
 
 def ask_sync(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Answer:
-    answer = Answer(llm.get_model(model).prompt(prompt, **kwargs))
+    answer = Answer(get_model(model).prompt(prompt, **kwargs))
     try:
         for chunk in answer.response:
             answer.chunks.append(chunk)
@@ -51,7 +56,7 @@ def ask_sync(prompt: str | None = "hi", model: str = "autonomous-llama", **kwarg
 
 
 async def ask_async(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Answer:
-    answer = Answer(llm.get_async_model(model).prompt(prompt, **kwargs))
+    answer = Answer(get_async_model(model).prompt(prompt, **kwargs))
     try:
         async for chunk in answer.response:
             answer.chunks.append(chunk)

@@ -16,7 +16,9 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -79,7 +81,8 @@ class Request:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        return json.loads(base64.b64decode(self.payload["messages"], validate=True))
+        messages: list[dict[str, Any]] = json.loads(base64.b64decode(self.payload["messages"], validate=True))
+        return messages
 
 
 @dataclass
@@ -120,7 +123,9 @@ class Connection:
     async def drop(self, reset: bool = False) -> None:
         """Close the connection, whatever was promised."""
         self.dropped = True
-        if reset:
+        if reset:  # a close that lingers for no time is a TCP reset
+            linger = struct.pack("ii", 1, 0)
+            self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.writer.transport.abort()
 
     async def stall(self) -> None:

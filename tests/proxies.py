@@ -1,0 +1,186 @@
+"""What the tests of faults and connections stand on: real proxies on 127.0.0.1, TLS, and Python processes.
+
+A `Proxy` connects every name to 127.0.0.1, so that ``http://service.test:port`` can be reached through it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from loopback import Loopback
+
+TESTS = Path(__file__).parent
+PEM = TESTS / "loopback.pem"
+
+
+def tls() -> ssl.SSLContext:
+    """TLS for a server on 127.0.0.1, which a client trusts that is given `PEM` as SSL_CERT_FILE."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(PEM)
+    return context
+
+
+class TlsLoopback(Loopback):
+    """A `Loopback` at https://127.0.0.1."""
+
+    def __init__(self) -> None:
+        super().__init__(tls=tls())
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await super()._accept(reader, writer)
+        writer.transport.abort()  # TLS would wait for the client's goodbye, which a loop that ends does not
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> bool:
+    """Whether ``condition`` comes true before the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def run_python(script: str, *arguments: str, flags: str = "", timeout: float = 60.0) -> str:
+    """What a Python process of its own prints; it must succeed, and say nothing on standard error."""
+    command = [sys.executable, *flags.split(), "-c", script, *arguments]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=timeout, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        assert isinstance(port, int)
+        return port
+
+
+class Proxy:
+    """A proxy in a thread of its own: HTTP (forwarding and CONNECT) or SOCKS5, with or without a password."""
+
+    def __init__(self, scheme: str = "http", refusal: str | None = None, tls: ssl.SSLContext | None = None) -> None:
+        self.scheme = scheme
+        self.refusal = refusal  # what an HTTP proxy answers instead of connecting, such as "403 Forbidden"
+        self.targets: list[str] = []  # host:port of each connection it was asked for
+        self.credentials: set[str] = set()  # each user:password it was given
+        self._tls = tls
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    def url_for(self, credentials: str) -> str:
+        return f"{self.scheme}://{credentials}@127.0.0.1:{self.port}"
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
+        self.port: int = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._stopping.wait()
+        server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
+                await (self._socks(reader, writer) if self.scheme.startswith("socks5") else self._http(reader, writer))
+        finally:
+            writer.close()
+            if self._tls:
+                writer.transport.abort()
+            self._tasks.discard(task)
+
+    async def _http(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        method, url, _ = head.decode("latin-1").split(" ", 2)
+        for line in head.decode("latin-1").split("\r\n"):
+            name, _, value = line.partition(":")
+            if name.lower() == "proxy-authorization":
+                self.credentials.add(base64.b64decode(value.split()[1]).decode())
+        if self.refusal:
+            writer.write(f"HTTP/1.1 {self.refusal}\r\ncontent-length: 0\r\n\r\n".encode("latin-1"))
+            await writer.drain()
+        elif method == "CONNECT":
+            parts = urlsplit(f"//{url}")
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await self._relay(reader, writer, parts.hostname or "", parts.port or 443)
+        else:
+            parts = urlsplit(url)
+            await self._relay(reader, writer, parts.hostname or "", parts.port or 80, head)
+
+    async def _socks(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, count = await reader.readexactly(2)
+        method = max(await reader.readexactly(count))  # 0 is no authentication, 2 is a password (RFC 1928, 1929)
+        writer.write(bytes((5, method)))
+        if method == 2:
+            words = []
+            await reader.readexactly(1)
+            for _ in range(2):
+                (size,) = await reader.readexactly(1)
+                words.append((await reader.readexactly(size)).decode())
+            self.credentials.add(":".join(words))
+            writer.write(b"\1\0")
+        *_, kind = await reader.readexactly(4)
+        if kind == 3:
+            (size,) = await reader.readexactly(1)
+            host = (await reader.readexactly(size)).decode()
+        else:
+            host = socket.inet_ntoa(await reader.readexactly(4))
+        (port,) = struct.unpack("!H", await reader.readexactly(2))
+        writer.write(b"\5\0\0\1" + bytes(6))
+        await self._relay(reader, writer, host, port)
+
+    async def _relay(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int, first: bytes = b""
+    ) -> None:
+        self.targets.append(f"{host}:{port}")
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", port)
+        server_writer.write(first)
+        directions = ((reader, server_writer), (server_reader, writer))
+        copies = [asyncio.create_task(self._copy(source, target)) for source, target in directions]
+        try:
+            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for copy in copies:
+                copy.cancel()
+            server_writer.close()
+
+    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                target.write(data)
+                await target.drain()

@@ -1,0 +1,259 @@
+"""Bounds: what a reply may cost in memory and time, whatever the server sends."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import itertools
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+
+import httpx
+import llm
+import pytest
+from conftest import Ask
+from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
+from proxies import run_python, until
+from pytest_httpx import HTTPXMock
+
+import llm_autonomous
+
+MIB = 1024**2
+WHOLE = event(delta("whole", finish_reason="stop")) + DONE
+
+
+def endless(*start: bytes, piece: bytes, status: str = "200 OK") -> Answer:
+    """An answer that begins with ``start`` and goes on with ``piece`` until the client leaves."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head(status)
+        for data in itertools.chain(start, itertools.repeat(piece)):
+            await connection.send(data)
+
+    return answer
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The most memory, in bytes, that Python held for ``run``, the server's part included."""
+    run()  # imports, and makes what is kept
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# Events, lines and error bodies
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        pytest.param(b'data: {"choices": [{"delta": {"content": "', b"x" * 65536, id="one line"),
+        pytest.param(b"data: {\n", b"data: " + b" " * 65536 + b"\n", id="many data lines"),
+        pytest.param(b"{\n", b" " * 65536 + b"\n", id="JSON in many lines"),
+        pytest.param(b"x", b"x" * 65536, id="a line of no known kind"),
+        pytest.param(b": ", b"x" * 65536, id="a comment"),
+        pytest.param(b"<html>", b"<p>" + b"sorry " * 10_000 + b"</p>\n", id="a web page"),
+    ],
+)
+def test_event_that_never_ends(start: bytes, piece: bytes, ask: Ask, server: Loopback) -> None:
+    """An event larger than 16 MiB and a line that never ends are an error that says so, at bounded memory."""
+    server.answer = endless(start, piece=piece)
+
+    def run() -> None:
+        assert "an event larger than 16 MiB" in ask().line
+
+    assert peak_memory(run) < 100 * MIB
+    assert until(lambda: not server.open, 5)
+
+
+def test_event_of_almost_16_mib_is_read(ask: Ask, server: Loopback) -> None:
+    """The bound is no smaller than it says."""
+    text = "x" * (16 * MIB - 1000)
+    server.answer = say([event(delta(text, finish_reason="stop")), DONE])
+    assert ask().text == text
+
+
+def test_event_larger_than_16_mib_follows_the_text_before_it(ask: Ask, server: Loopback) -> None:
+    """What came before the event that is too large was yielded."""
+    server.answer = say([event(delta("before")), event(delta("x" * 17 * MIB))])
+    answer = ask()
+    assert answer.chunks == ["before"]
+    assert "an event larger than 16 MiB" in answer.line
+
+
+def test_error_body_is_read_to_64_kib(ask: Ask, server: Loopback) -> None:
+    """The 65,536th byte of an error body can be in the error, and the one behind it cannot."""
+    server.answer = endless(b" " * (65536 - 6), b"within", b"beyond", piece=b"beyond" * 1000, status="400 Bad Request")
+    assert ask().line.endswith("HTTP 400 Bad Request: within")
+    assert until(lambda: not server.open, 5)
+
+
+def test_error_body_that_does_not_end_is_not_waited_for(
+    ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error whose body stalls is told without it, long before the timeout."""
+    monkeypatch.setattr(llm_autonomous, "ERROR_BODY_TIMEOUT", 0.3)
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head("400 Bad Request")
+        await connection.send(b"sorry")
+        await connection.stall()
+
+    server.answer = answer
+    start = time.monotonic()
+    assert ask().line.endswith("HTTP 400 Bad Request: sorry")
+    assert time.monotonic() - start < 20
+    assert until(lambda: not server.open, 5)
+
+
+# A long answer
+
+
+def read_sync() -> Iterator[str]:
+    model = llm.get_model("autonomous-llama")
+    response = model.prompt("hi")
+    yield from model.execute(response.prompt, True, response, None)
+
+
+async def count_async() -> int:
+    model = llm.get_async_model("autonomous-llama")
+    response = model.prompt("hi")
+    return sum([len(text) async for text in model.execute(response.prompt, True, response, None)])
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_long_answer_is_not_kept(kind: str, server: Loopback) -> None:
+    """A stream of 100 MB of text, read as the plugin yields it, costs the plugin next to nothing."""
+    piece, count = event(delta("x" * 50_000)), 2000
+    server.answer = say(itertools.chain(itertools.repeat(piece, count), [DONE]))
+    tracemalloc.start()
+    try:
+        length = sum(map(len, read_sync())) if kind == "sync" else asyncio.run(count_async())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert length == 50_000 * count
+    assert peak < 10 * MIB
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_answer_is_held_once(stream: bool, ask: Ask, server: Loopback) -> None:
+    """When an answer of 12 MiB is over, only the text that `llm` keeps is left in memory."""
+    text = "x" * 12 * MIB
+    server.answer = say([event(delta(text, finish_reason="stop")), DONE])
+    ask(stream=stream)
+    tracemalloc.start()
+    try:
+        answer = ask(stream=stream)
+        assert answer.text == text
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 14 * MIB
+
+
+# Compressed replies
+
+BOMB = """
+import resource, sys
+import conftest, asyncio
+ask = conftest.ask_sync if sys.argv[1] == "sync" else lambda: asyncio.run(conftest.ask_async())
+ask()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+resource.setrlimit(resource.RLIMIT_AS, (2 * 1024**3,) * 2)
+print(ask().line)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def deflated(mebibytes: int) -> bytes:
+    """The start of a gzip file of that many MiB of spaces, made without compressing them all."""
+    packer = zlib.compressobj(9, wbits=31)
+    head = packer.compress(b'data: {"') + packer.flush(zlib.Z_FULL_FLUSH)
+    packer = zlib.compressobj(9, wbits=-15)
+    return head + (packer.compress(b" " * MIB) + packer.flush(zlib.Z_FULL_FLUSH)) * mebibytes
+
+
+def packed(data: bytes, encoding: str, status: str = "200 OK") -> Answer:
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.whole(data, status, {"content-encoding": encoding})
+
+    return answer
+
+
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request"])
+@pytest.mark.parametrize("nested", [False, True], ids=["gzip", "gzip in gzip"])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_compressed_bomb(kind: str, nested: bool, status: str, server: Loopback) -> None:
+    """A reply that unpacks to gigabytes, by one encoding or by two, is an error of bounded size."""
+    data = deflated(3072)
+    server.answers += [packed(gzip.compress(WHOLE), "gzip")]
+    server.answer = packed(gzip.compress(data), "gzip, gzip", status) if nested else packed(data, "gzip", status)
+    line, mebibytes = run_python(BOMB, kind).splitlines()
+    assert int(mebibytes) < 400
+    if status == "200 OK":
+        assert ("encoding is gzip, gzip" if nested else "larger than 16 MiB") in line
+    else:
+        assert "HTTP 400 Bad Request" in line
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "identity", "GZIP"])
+def test_compressed_reply_is_read(encoding: str, ask: Ask, server: Loopback) -> None:
+    """One encoding of those that were asked for is read."""
+    pack = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding.lower(), bytes)
+    server.answer = packed(pack(WHOLE), encoding)
+    assert ask().text == "whole"
+
+
+# Time
+
+
+def test_timeout_bounds_the_silence_before_a_reply(ask: Ask, server: Loopback) -> None:
+    """A server that says nothing ends the prompt after the seconds of the option."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.stall()
+
+    server.answer = answer
+    assert "silent for 0.3 s; -o timeout sets the limit" in ask(timeout=0.3).line
+    assert until(lambda: not server.open, 5)
+
+
+def test_timeout_bounds_the_silence_within_a_reply(ask: Ask, server: Loopback) -> None:
+    """A server that stops in the middle ends it too, behind the text that came."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        await connection.send(event(delta("Once")))
+        await connection.stall()
+
+    server.answer = answer
+    answer_ = ask(timeout=0.3)
+    assert answer_.chunks == ["Once"]
+    assert "the answer is incomplete: silent for 0.3 s" in answer_.line
+
+
+def test_timeout_does_not_bound_the_whole_reply(ask: Ask, server: Loopback) -> None:
+    """A slow answer may take longer than the timeout, as long as something keeps coming."""
+    words = [event(delta(str(number))) for number in range(6)]
+    server.answer = say([*words, WHOLE], pause=0.15)
+    start = time.monotonic()
+    assert ask(timeout=0.6).text == "012345whole"
+    assert time.monotonic() - start > 0.6
+
+
+@pytest.mark.parametrize(("timeout", "silence", "connect"), [(None, 120, 10), (3, 3, 3), (3600, 3600, 10)])
+def test_connecting_has_a_bound_of_its_own(
+    timeout: float | None, silence: float, connect: float, ask: Ask, httpx_mock: HTTPXMock
+) -> None:
+    """Connecting may take 10 s, or the timeout where that is less; waiting for a place in the pool is unbounded."""
+    httpx_mock.add_response(content=WHOLE)
+    assert ask(**({"timeout": timeout} if timeout else {})).text == "whole"
+    request = httpx_mock.get_request()
+    assert isinstance(request, httpx.Request)
+    assert request.extensions["timeout"] == {"connect": connect, "read": silence, "write": silence, "pool": None}

@@ -1,0 +1,344 @@
+"""The `llm` command line against the loopback server, end to end, in processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from loopback import BACKENDS, DONE, ENDPOINTS, Connection, Loopback, Request, delta, environment, event, say, speak
+from test_request import PNG
+
+NOWHERE = "http://127.0.0.1:1"
+REFUSED = "Error: 127.0.0.1:1: cannot connect: Connection refused (3 attempts)\n"
+LOOPBACK = [sys.executable, str(Path(__file__).with_name("loopback.py"))]
+DEADLINE = 60  # seconds, by which a command has ended unless it hangs
+
+Command = subprocess.Popen[str]
+Start = Callable[..., Command]
+Llm = Callable[..., str]
+
+
+@pytest.fixture(name="start")
+def start_fixture() -> Iterator[Start]:
+    """``start(*command, url=..., typed=...)`` starts a process; what is left of it goes with the test."""
+    processes: list[Command] = []
+
+    def start(
+        *command: str, url: str = NOWHERE, typed: str = "", stderr: int = subprocess.PIPE, **variables: str
+    ) -> Command:
+        settings = {**environment(url), **variables}
+        settings.pop("PYTHONUNBUFFERED", None)  # it would hide that a line is not flushed
+        process = subprocess.Popen(
+            command,
+            env=settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            encoding="utf-8",
+            start_new_session=True,  # so that a test can send Ctrl-C to all of it, as a terminal does
+        )
+        processes.append(process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(typed)
+        process.stdin = None
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def output_until(process: Command, end: str) -> str:
+    """What a command that is still running prints, up to ``end``."""
+    assert process.stdout is not None
+    printed = b""
+    while not printed.endswith(end.encode()):
+        ready, _, _ = select.select([process.stdout], [], [], DEADLINE)
+        data = os.read(process.stdout.fileno(), 1) if ready else b""
+        assert data, f"{printed!r} is all that was printed"
+        printed += data
+    return printed.decode()
+
+
+def finish(process: Command) -> tuple[str, str, int]:
+    """What a command said, what it complained of, and its exit code."""
+    stdout, stderr = process.communicate(timeout=DEADLINE)
+    return stdout, stderr, process.returncode
+
+
+@pytest.fixture
+def llm_(server: Loopback, start: Start) -> Llm:
+    """``llm_(*arguments, typed=...)`` runs `llm` against the server; its output, where nothing is wrong."""
+
+    def run(*arguments: str, typed: str = "") -> str:
+        stdout, stderr, code = finish(start("llm", *arguments, url=server.url, typed=typed))
+        assert (stderr, code) == ("", 0)
+        return stdout
+
+    return run
+
+
+def replies(stdout: str) -> str:
+    """What `llm chat` printed from the first prompt on."""
+    return stdout[stdout.index("\n> ") + 1 :]
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("settings", [[], ["--async", "--no-stream"]], ids=["streamed", "whole and async"])
+def test_a_prompt_is_answered_and_logged(llm_: Llm, server: Loopback, settings: list[str]) -> None:
+    """The log has the model behind it, tokens, options, and the envelope without the text again."""
+    response = "llama heard: Hello there\nSystem prompt: Be brief"
+    command = ["-m", "autonomous-llama", "Hello there", "-s", "Be brief", "-o", "timeout", "5"]
+    assert llm_(*command, *settings) == response + "\n"
+    assert server.last.payload["stream"] is ("--no-stream" not in settings)
+    [row] = json.loads(llm_("logs", "-n", "1", "--json"))
+    expected = {
+        "model": "autonomous-llama",
+        "resolved_model": "llama-3.3-70b",
+        "prompt": "Hello there",
+        "system": "Be brief",
+        "response": response,
+        "options_json": {"timeout": 5.0},
+        "input_tokens": 4,
+        "output_tokens": 8,
+        "response_json": {
+            "id": "chatcmpl-loopback",
+            "model": "llama-3.3-70b",
+            "created": 1738368000,
+            "finish_reason": "stop",
+            "usage": {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12},
+        },
+    }
+    assert {key: row[key] for key in expected} == expected
+
+
+def test_a_prompt_can_be_piped_in(llm_: Llm, server: Loopback) -> None:
+    """What comes through a pipe stands before the prompt, whatever its script."""
+    assert llm_("-m", "autonomous-qwen-coder", "Explain", typed="print('Привет 𝄞')\n").startswith("qwen_coder heard: ")
+    [message] = server.last.messages
+    assert message == {"role": "user", "content": "print('Привет 𝄞')\n Explain"}
+
+
+@pytest.mark.parametrize("settings", [[], ["--async"]], ids=["sync", "async"])
+def test_text_is_shown_as_it_arrives(server: Loopback, settings: list[str], start: Start) -> None:
+    """The first words are on the terminal while the server still holds back the others."""
+    shown = False
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        await connection.send(event(delta("first ")))
+        while not shown:
+            await asyncio.sleep(0.01)
+        await connection.send(event(delta("second", "stop")) + DONE)
+        await connection.end()
+
+    server.answer = answer
+    command = ["llm", "-m", "autonomous-llama", "hi", *settings]
+    process = start(*command, url=server.url)
+    try:
+        assert output_until(process, " ") == "first "
+    finally:
+        shown = True
+    assert finish(process) == ("second\n", "", 0)
+
+
+def test_every_id_and_every_alias_reaches_its_model(server: Loopback, start: Start) -> None:
+    """Plain, with --async and with --no-stream, each of the names is answered by its model."""
+    script = """if True:
+        import json, sys
+        from llm.cli import cli
+        import llm
+
+        names = [
+            name
+            for entry in llm.get_models_with_aliases()
+            if entry.model.model_id.startswith("autonomous")
+            for name in (entry.model.model_id, *entry.aliases)
+        ]
+        for settings in ([], ["--async"], ["--no-stream"]):
+            for name in names:
+                cli.main(["-m", name, name, "--no-log", *settings], standalone_mode=False)
+    """
+    stdout, stderr, code = finish(start(sys.executable, "-c", script, url=server.url))
+    assert (stderr, code) == ("", 0)
+    heard = [line.split(" heard: ") for line in stdout.splitlines()]
+    own = {"llama": ["autonomous"], "qwen_coder": ["autonomous-qwen-coder"]}
+    expected = [
+        [name, spelling]
+        for name, backend in BACKENDS.items()
+        for spelling in (f"autonomous-{name}", *own.get(name, []), f"autonomous-{backend}", backend)
+    ]
+    assert heard == expected * 3
+    assert len({tuple(pair) for pair in heard}) == 17
+    assert [ENDPOINTS[name] for name, _ in heard] == [request.path.rpartition("/")[2] for request in server.requests]
+
+
+def test_a_model_can_be_the_default(llm_: Llm) -> None:
+    """`llm models default` takes the model, by any of its names, and a plain `llm` then asks it."""
+    llm_("models", "default", "autonomous-llama")
+    assert llm_("hi") == "llama heard: hi\n"
+
+
+def test_an_image_goes_to_vision_and_a_note_of_it_to_the_next_model(
+    llm_: Llm, server: Loopback, tmp_path: Path
+) -> None:
+    """`-a` sends the file, and `llm -c -m autonomous-llama` goes on without it."""
+    picture = tmp_path / "image.png"
+    picture.write_bytes(PNG)
+    assert llm_("-m", "autonomous-vision", "What?", "-a", str(picture)) == (
+        "vision heard: What?\nPictures: data:image/png;base64\n"
+    )
+    picture.unlink()
+    llm_("-c", "-m", "autonomous-llama", "Sure?")
+    assert server.last.payload["aiAgent"] == "llama"
+    assert server.last.messages == [
+        {"role": "user", "content": "What?\n[image/png attachment, not shown to this model]"},
+        {"role": "assistant", "content": "vision heard: What?\nPictures: data:image/png;base64"},
+        {"role": "user", "content": "Sure?"},
+    ]
+
+
+def test_a_conversation_goes_on_over_three_processes(llm_: Llm, server: Loopback) -> None:
+    """`-c` sends the whole conversation each time, streamed or not, sync or async."""
+    llm_("-m", "autonomous-hermes", "one", "-s", "Be brief")
+    llm_("-c", "two", "--async")
+    llm_("-c", "three", "--no-stream")
+    system, *turns = server.last.messages
+    assert system == {"role": "system", "content": "Be brief"}
+    assert [message["role"] for message in turns] == ["user", "assistant", "user", "assistant", "user"]
+    assert [message["content"] for message in turns[::2]] == ["one", "two", "three"]
+    assert turns[1]["content"] == "hermes heard: one\nSystem prompt: Be brief"
+    assert turns[3]["content"].startswith("hermes heard: two\nSystem prompt: Be brief\nMessages before: 2")
+
+
+# Chats
+
+
+def test_a_chat_remembers_its_turns(llm_: Llm, server: Loopback) -> None:
+    """Two answers, the second of which saw the first; one TCP connection."""
+    shown = llm_("chat", "-m", "autonomous-hermes", "-s", "Be brief", typed="hi\nagain\nexit\n")
+    assert replies(shown) == (
+        "> hermes heard: hi\nSystem prompt: Be brief\n"
+        "> hermes heard: again\nSystem prompt: Be brief\n"
+        "Messages before: 2, the last: hermes heard: hi\nSystem prompt: Be brief\n> "
+    )
+    assert server.connections == 1
+    assert len(json.loads(llm_("logs", "-n", "0", "--json"))) == 2
+
+
+def test_a_chat_ends_in_one_line_when_a_turn_fails(server: Loopback, start: Start) -> None:
+    """No traceback, exit code 1, and the turn before it was shown."""
+    server.answers.extend([speak(), say([b'{"detail": "no more today"}'], status="403 Forbidden")])
+    process = start("llm", "chat", "-m", "autonomous-llama", url=server.url, typed="hi\nagain\nexit\n")
+    stdout, stderr, code = finish(process)
+    assert replies(stdout) == "> llama heard: hi\n> "
+    assert stderr == f"Error: 127.0.0.1:{server.port}: HTTP 403 Forbidden: no more today\n"
+    assert code == 1
+
+
+# What goes wrong
+
+
+def test_a_refused_connection_is_one_line_in_every_command(start: Start, tmp_path: Path) -> None:
+    """Host, port and reason, the attempts made, no traceback, exit code 1."""
+    prompt = ["-m", "autonomous-llama", "hi"]
+    commands = [prompt, [*prompt, "--async"], [*prompt, "--no-stream"], ["chat", "-m", "autonomous-llama"]]
+    # Each with its own LLM_USER_PATH: `llm` cannot make one database in several processes at once.
+    *prompts, chat = [
+        start("llm", *command, typed="hi\n" * (command[0] == "chat"), LLM_USER_PATH=str(tmp_path / str(number)))
+        for number, command in enumerate(commands)
+    ]
+    for process in prompts:
+        assert finish(process) == ("", REFUSED, 1)
+    stdout, stderr, code = finish(chat)
+    assert (replies(stdout), stderr, code) == ("> ", REFUSED, 1)
+
+
+@pytest.mark.parametrize("settings", [[], ["--async"]], ids=["sync", "async"])
+def test_text_that_came_before_an_error_stays(server: Loopback, settings: list[str], start: Start) -> None:
+    """The answer as far as it came is on stdout, and the error, one line, on stderr."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        await connection.send(event(delta("half an ")))
+        await connection.drop()
+
+    server.answer = answer
+    stdout, stderr, code = finish(start("llm", "-m", "autonomous-llama", "hi", *settings, url=server.url))
+    assert stdout == "half an "
+    assert stderr.strip() == (
+        f"Error: 127.0.0.1:{server.port}: the answer is incomplete: the connection was lost in the middle of the reply"
+    )
+    assert code == 1
+
+
+def test_an_answer_that_was_cut_short_is_a_warning_on_the_terminal(server: Loopback, start: Start) -> None:
+    """A user who configured no logging sees it, the answer is whole as it came, and the exit code is 0."""
+    server.answer = say([event(delta("too lo", "length")), DONE])
+    stdout, stderr, code = finish(start("llm", "-m", "autonomous-llama", "hi", url=server.url))
+    assert (stdout, code) == ("too lo\n", 0)
+    assert stderr == "the answer may be cut short: it reached the model's limit (finish reason: length)\n"
+
+
+# The loopback server, as a person runs it
+
+
+def test_the_loopback_runs_a_command_against_itself(start: Start) -> None:
+    """`python tests/loopback.py llm ...` streams an answer."""
+    assert finish(start(*LOOPBACK, "llm", "-m", "autonomous-llama", "Hello")) == ("llama heard: Hello\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ([sys.executable, "-c", "raise SystemExit(7)"], 7),
+        ([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], 128 + signal.SIGTERM),
+        (["no-such-command"], 127),
+    ],
+    ids=["exit", "signal", "not found"],
+)
+def test_the_loopback_leaves_with_the_exit_code_of_its_command(command: list[str], code: int, start: Start) -> None:
+    """As a shell does, also for a command that a signal ended or that is not there."""
+    stdout, stderr, exit_code = finish(start(*LOOPBACK, *command))
+    assert (stdout, exit_code) == ("", code)
+    assert "Traceback" not in stderr
+
+
+def test_the_loopback_serves_until_ctrl_c(start: Start) -> None:
+    """Without a command it prints the line to export, answers there, and ends with exit code 0."""
+    process = start(*LOOPBACK)
+    variable, _, url = output_until(process, "\n").strip().partition("=")
+    assert variable == "export AUTONOMOUS_BASE_URL"
+    assert finish(start("llm", "-m", "autonomous-summary", "Hello", url=url)) == ("summary heard: Hello\n", "", 0)
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == ("", "", 0)
+
+
+def test_ctrl_c_is_for_the_command_that_the_loopback_runs(start: Start) -> None:
+    """At a terminal both get it; the loopback goes on serving until the command has ended."""
+    script = """if True:
+        import time
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise SystemExit(5)
+    """
+    process = start(*LOOPBACK, sys.executable, "-c", script)
+    assert output_until(process, "\n") == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process) == ("", "", 5)

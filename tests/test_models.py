@@ -1,0 +1,356 @@
+"""What `llm` has once the plugin is there: five models, their names, and nothing that costs or breaks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llm
+import llm.hookspecs
+import pluggy
+import pytest
+from conftest import Ask
+from loopback import BACKENDS, ENDPOINTS, Loopback, environment
+
+import llm_autonomous
+
+MODELS = [f"autonomous-{name}" for name in ENDPOINTS]
+OWN_ALIASES = {
+    "llama": ["autonomous", "autonomous-llama-3.3-70b"],
+    "qwen_coder": ["autonomous-qwen-coder", "autonomous-qwen-2.5-coder-32b"],
+    "hermes": ["autonomous-hermes-3"],
+    "vision": ["autonomous-llama-3.2-90b"],
+    "summary": ["autonomous-llama-3.2-70b"],
+}
+IMAGE_TYPES = {"image/png", "image/jpeg", "image/webp", "image/gif"}
+
+# No network is wanted from any of these.
+BROKEN_ENVIRONMENT = {
+    "AUTONOMOUS_BASE_URL": "::no url::",
+    "HTTPS_PROXY": "nonsense://me:hunter2@",
+    "ALL_PROXY": "socks9://[",
+    "SSL_CERT_FILE": "/nonexistent",
+    "SSL_CERT_DIR": "/nonexistent",
+}
+
+
+class Elsewhere(llm.Model):
+    """A model of another plugin."""
+
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+
+    def execute(self, prompt: Any, stream: Any, response: Any, conversation: Any) -> Iterator[str]:
+        yield "elsewhere"
+
+
+class ElsewhereAsync(llm.AsyncModel):
+    """Its async twin."""
+
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+
+    async def execute(self, prompt: Any, stream: Any, response: Any, conversation: Any) -> Any:
+        yield "elsewhere"
+
+
+def another_plugin(trylast: bool, names: dict[str, list[str]]) -> Any:
+    """A plugin that registers a model with its aliases for each of ``names``."""
+
+    class Plugin:
+        @llm.hookimpl(trylast=trylast)
+        def register_models(self, register: Callable[..., None]) -> None:
+            for model_id, aliases in names.items():
+                register(Elsewhere(model_id), ElsewhereAsync(model_id), aliases=aliases)
+
+    return Plugin()
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``load(*plugins)`` has `llm` know these plugins and no others, loaded in this order."""
+
+    def load(*plugins: Any) -> None:
+        manager = pluggy.PluginManager("llm")
+        manager.add_hookspecs(llm.hookspecs)
+        for plugin in plugins:
+            manager.register(plugin)
+        monkeypatch.setattr(llm, "pm", manager)
+
+    return load
+
+
+def registered() -> dict[str, Any]:
+    return {entry.model.model_id: entry for entry in llm.get_models_with_aliases()}
+
+
+def python(script: str, **variables: str) -> Any:
+    """What a script, run in a process of its own that loads no plugins, prints as JSON."""
+    settings = {**os.environ, "LLM_LOAD_PLUGINS": "", **variables}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# The models
+
+
+def test_the_five_models_are_there() -> None:
+    """`llm` finds the plugin by its entry point, and knows its five models."""
+    assert [model_id for model_id in registered() if model_id.startswith("autonomous")] == MODELS
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_each_model_has_its_aliases(load: Callable[..., None], name: str) -> None:
+    """Those that are the plugin's own, and the bare name while it is free."""
+    load(llm_autonomous)
+    assert registered()[f"autonomous-{name}"].aliases == [*OWN_ALIASES[name], BACKENDS[name]]
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_each_model_has_an_async_twin_that_is_alike(load: Callable[..., None], name: str) -> None:
+    """All five stream, take the same options, need no key, and promise nothing that is not there."""
+    load(llm_autonomous)
+    entry = registered()[f"autonomous-{name}"]
+    assert isinstance(entry.model, llm.Model)
+    assert isinstance(entry.async_model, llm.AsyncModel)
+    for model in (entry.model, entry.async_model):
+        assert model.model_id == f"autonomous-{name}"
+        assert model.can_stream
+        assert issubclass(model.Options, llm_autonomous.AutonomousOptions)
+        assert model.attachment_types == (IMAGE_TYPES if name == "vision" else set())
+        assert not any((model.needs_key, model.supports_schema, model.supports_tools))
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_every_name_reaches_its_model(load: Callable[..., None], name: str) -> None:
+    """The id and each alias give the model, sync and async."""
+    load(llm_autonomous)
+    for spelling in (f"autonomous-{name}", *OWN_ALIASES[name], BACKENDS[name]):
+        assert llm.get_model(spelling).model_id == f"autonomous-{name}"
+        assert llm.get_async_model(spelling).model_id == f"autonomous-{name}"
+
+
+@pytest.mark.parametrize("name", [name for name in ENDPOINTS if name != "vision"])
+def test_a_text_model_refuses_attachments_before_anything_is_sent(ask: Ask, server: Loopback, name: str) -> None:
+    """Only vision takes pictures."""
+    picture = llm.Attachment(type="image/png", content=b"\x89PNG")
+    with pytest.raises(ValueError, match="does not support attachments"):
+        ask("hi", f"autonomous-{name}", attachments=[picture])
+    assert server.requests == []
+
+
+def test_vision_refuses_what_is_no_image_before_anything_is_sent(ask: Ask, server: Loopback) -> None:
+    """A PDF is none of the four types."""
+    with pytest.raises(ValueError, match="does not support attachments of type 'application/pdf'"):
+        ask("hi", "autonomous-vision", attachments=[llm.Attachment(type="application/pdf", content=b"%PDF-")])
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("image_type", sorted(IMAGE_TYPES))
+def test_vision_takes_the_four_types_of_image(ask: Ask, server: Loopback, image_type: str) -> None:
+    """PNG, JPEG, WebP and GIF."""
+    answer = ask("hi", "autonomous-vision", attachments=[llm.Attachment(type=image_type, content=b"...")])
+    assert answer.text == f"vision heard: hi\nPictures: data:{image_type};base64"
+
+
+# The bare names
+
+
+@pytest.mark.parametrize("order", ["loaded before", "loaded after"])
+@pytest.mark.parametrize("trylast", [False, True], ids=["plain", "trylast"])
+@pytest.mark.parametrize("as_id", [True, False], ids=["model id", "alias"])
+def test_a_bare_name_of_another_plugin_stays_its_own(
+    load: Callable[..., None], order: str, trylast: bool, as_id: bool
+) -> None:
+    """Whatever order plugins load and register in, `hermes-3` from elsewhere is that one."""
+    bare = list(BACKENDS.values())
+    other = another_plugin(trylast, {name: [] for name in bare} if as_id else {"other": bare})
+    load(*([other, llm_autonomous] if order == "loaded before" else [llm_autonomous, other]))
+    for name, backend in BACKENDS.items():
+        assert isinstance(llm.get_model(backend), Elsewhere)
+        assert isinstance(llm.get_async_model(backend), ElsewhereAsync)
+        assert llm.get_model(f"autonomous-{backend}").model_id == f"autonomous-{name}"
+
+
+@pytest.mark.parametrize("order", ["loaded before", "loaded after"])
+def test_a_bare_name_that_is_taken_is_not_registered(load: Callable[..., None], order: str) -> None:
+    """`llm models` does not show it as ours, and the other four stay."""
+    other = another_plugin(False, {"other": ["hermes-3"]})
+    load(*([other, llm_autonomous] if order == "loaded before" else [llm_autonomous, other]))
+    models = registered()
+    assert models["autonomous-hermes"].aliases == ["autonomous-hermes-3"]
+    assert all(BACKENDS[name] in models[f"autonomous-{name}"].aliases for name in BACKENDS if name != "hermes")
+
+
+@pytest.mark.parametrize("order", ["loaded before", "loaded after"])
+def test_an_alias_of_the_user_stays_the_users(load: Callable[..., None], user_path: Path, order: str) -> None:
+    """A bare name that `aliases.json` gives to a model of another plugin is not taken from it."""
+    (user_path / "aliases.json").write_text(json.dumps(dict.fromkeys(BACKENDS.values(), "other")))
+    other = another_plugin(False, {"other": []})
+    load(*([other, llm_autonomous] if order == "loaded before" else [llm_autonomous, other]))
+    models = registered()
+    for name, backend in BACKENDS.items():
+        assert isinstance(llm.get_model(backend), Elsewhere)
+        assert backend not in models[f"autonomous-{name}"].aliases
+
+
+@pytest.mark.parametrize(
+    ("alias", "model_id"), [("hermes-3", "autonomous-llama"), ("llama-3.3-70b", "autonomous-summary")]
+)
+def test_an_alias_of_the_user_may_mean_another_of_ours(
+    load: Callable[..., None], user_path: Path, alias: str, model_id: str
+) -> None:
+    """Also where the user's alias goes to a model that is registered earlier or later than the name's own."""
+    (user_path / "aliases.json").write_text(json.dumps({alias: model_id}))
+    load(llm_autonomous)
+    assert llm.get_model(alias).model_id == model_id
+    assert llm.get_async_model(alias).model_id == model_id
+
+
+def test_a_second_plugin_that_is_installed_keeps_its_names(tmp_path: Path) -> None:
+    """The real thing: a package with an entry point of its own, and the command line."""
+    (tmp_path / "llm_second.py").write_text(
+        textwrap.dedent("""\
+        import llm
+
+        class Second(llm.Model):
+            model_id = "second"
+
+            def execute(self, prompt, stream, response, conversation):
+                yield "second here"
+
+        @llm.hookimpl
+        def register_models(register):
+            register(Second(), aliases=["hermes-3"])
+        """)
+    )
+    info = tmp_path / "llm_second-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-second\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llm]\nsecond = llm_second\n")
+    settings = {**environment("http://127.0.0.1:1"), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(["llm", "-m", "hermes-3", "hi"], env=settings, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("second here\n", "", 0)
+
+
+# What it costs
+
+
+def test_registering_opens_nothing_imports_nothing_and_cannot_raise() -> None:
+    """No file and no socket is touched, whatever the environment holds."""
+    script = """
+        import json, sys
+        import llm, llm_autonomous
+
+        events, models, watching = [], [], True
+        sys.addaudithook(lambda event, args: events.append([event, str(args)]) if watching else None)
+        llm_autonomous.register_models(lambda *models_, aliases: models.append(models_[0].model_id), [])
+        watching = False
+        noticed = [e for e in events if e[0].startswith(("open", "os.", "socket.", "import", "ssl", "subprocess."))]
+        print(json.dumps([models, noticed]))
+    """
+    assert python(script, **BROKEN_ENVIRONMENT) == [MODELS, []]
+
+
+def test_a_broken_environment_breaks_no_other_command() -> None:
+    """`llm models` works where a prompt could not."""
+    settings = {**environment("::no url::"), **BROKEN_ENVIRONMENT}
+    command = ["llm", "models", "list", "-q", "autonomous"]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == MODELS
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("AUTONOMOUS_BASE_URL", "AUTONOMOUS_BASE_URL must be an http:// or https:// URL"),
+        ("HTTPS_PROXY", "the proxy, from -o proxy or the environment, is not a proxy URL"),
+        ("ALL_PROXY", "the proxy, from -o proxy or the environment, is not a proxy URL"),
+        ("SSL_CERT_FILE", "the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded"),
+    ],
+)
+def test_a_broken_environment_is_one_line_for_a_prompt(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, variable: str, words: str
+) -> None:
+    """What registering did not look at is an `AutonomousError` when it is needed, without the password in it."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")
+    # A file that is there: httpx before 0.28 takes no notice of one that is not.
+    monkeypatch.setenv(variable, __file__ if variable == "SSL_CERT_FILE" else BROKEN_ENVIRONMENT[variable])
+    line = ask("hi").line
+    assert words in line
+    assert "hunter2" not in line
+
+
+def test_loading_the_module_imports_no_http_client() -> None:
+    """httpx, httpcore, ssl and asyncio wait for the first prompt, though `llm` itself may have loaded some."""
+    script = """
+        import json, sys
+        import llm.cli
+
+        heavy = ("httpx", "httpcore", "h11", "anyio", "ssl", "_ssl", "asyncio")
+        for name in list(sys.modules):  # else what llm has imported would hide what the module imports
+            if name.split(".")[0] in heavy:
+                del sys.modules[name]
+        wanted = []
+
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in heavy:
+                    wanted.append(name)
+                    raise ImportError(f"{name} is not for loading time")
+
+        sys.meta_path.insert(0, Refuse())
+        before = set(sys.modules)
+        import llm_autonomous
+        llm_autonomous.register_models(lambda *models, aliases: None, [])
+        llm_autonomous.register_commands(llm.cli.cli)
+        print(json.dumps([wanted, "llm_autonomous" in set(sys.modules) - before]))
+    """
+    assert python(script) == [[], True]
+
+
+def test_loading_the_module_imports_nothing_beside_what_llm_has() -> None:
+    """No third-party package of its own: what is new is the standard library's, or the module itself."""
+    script = """
+        import json, sys
+        import llm.cli
+
+        before = set(sys.modules)
+        import llm_autonomous
+        new = {name.split(".")[0] for name in set(sys.modules) - before}
+        print(json.dumps(sorted(new - sys.stdlib_module_names)))
+    """
+    assert python(script) == ["llm_autonomous"]
+
+
+# The package
+
+
+def test_the_package_is_what_it_says() -> None:
+    """Name, version, Python, the two dependencies, and the entry point that `llm` looks for."""
+    distribution = importlib.metadata.distribution("llm-autonomous")
+    required = [line.replace(" ", "") for line in distribution.requires or [] if "extra ==" not in line]
+    assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.1")
+    assert distribution.metadata["Requires-Python"] == ">=3.10"
+    assert sorted(required) == ["httpx>=0.27", "llm>=0.32"]
+    [point] = distribution.entry_points
+    assert (point.group, point.name, point.value) == ("llm", "autonomous", "llm_autonomous")
+
+
+def test_the_extras_are_there() -> None:
+    """`socks` for SOCKS proxies, `test` for an old pip, `benchmark`."""
+    distribution = importlib.metadata.distribution("llm-autonomous")
+    extras = distribution.metadata.get_all("Provides-Extra") or []
+    assert {"socks", "test", "benchmark"} <= set(extras)
+    socks = [line for line in distribution.requires or [] if line.replace("'", '"').endswith('extra == "socks"')]
+    assert [line.split(";")[0].strip() for line in socks] == ["httpx[socks]"]

@@ -1,0 +1,589 @@
+"""What is sent: the request to the byte, where it goes, the messages in it, and the options."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.metadata
+import json
+import logging
+import traceback
+from pathlib import Path
+from typing import Any
+
+import httpx
+import llm
+import pytest
+from click.testing import CliRunner
+from conftest import Ask
+from llm.cli import cli
+from llm.parts import (
+    AttachmentPart,
+    Message,
+    ReasoningPart,
+    TextPart,
+    ToolCallPart,
+    ToolResultPart,
+    assistant,
+    system,
+    user,
+)
+from loopback import BACKENDS, ENDPOINTS, Loopback, say
+from pydantic import ValidationError
+from pytest_httpx import HTTPXMock
+
+from llm_autonomous import IMAGE_TYPES, AutonomousOptions, build_messages
+
+SERVICE = "https://chatgpt.autonomous.ai/api/v1/ai/"
+COMPLETION = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+PNG_URL = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+
+
+@pytest.fixture
+def service(httpx_mock: HTTPXMock) -> HTTPXMock:
+    """The service itself, which answers any number of prompts."""
+    httpx_mock.add_response(json=COMPLETION, is_optional=True, is_reusable=True)
+    return httpx_mock
+
+
+def only(service: HTTPXMock) -> httpx.Request:
+    """The one request that was made."""
+    [request] = service.get_requests()
+    return request
+
+
+def messages_of(request: httpx.Request) -> Any:
+    return json.loads(base64.b64decode(json.loads(request.content)["messages"], validate=True))
+
+
+def message(role: str, *parts: Any) -> Message:
+    return Message(role=role, parts=list(parts))
+
+
+def picture(**attachment: Any) -> AttachmentPart:
+    return AttachmentPart(attachment=llm.Attachment(**attachment))
+
+
+# The request
+
+
+def test_the_request_is_the_one_of_the_protocol_to_the_byte(ask: Ask, service: HTTPXMock) -> None:
+    """The body is JSON of four keys, and the text in its Base64 is in ASCII escapes."""
+    assert ask("Привет", "autonomous-hermes").text == "fine"
+    request = only(service)
+    assert (request.method, str(request.url)) == ("POST", SERVICE + "chat-hermes")
+    listed = json.dumps([{"role": "user", "content": "Привет"}])
+    assert request.content == (
+        b'{"messages": "W3sicm9sZSI6ICJ1c2VyIiwgImNvbnRlbnQiOiAiXHUwNDFmXHUwNDQwXHUwNDM4XHUwNDMyXHUwNDM1XHUwNDQyIn1d"'
+        b', "threadId": "hermes", "stream": true, "aiAgent": "hermes"}'
+    )
+    assert base64.b64decode(json.loads(request.content)["messages"]) == listed.encode("ascii")
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_each_model_has_its_endpoint_and_its_name(ask: Ask, service: HTTPXMock, name: str) -> None:
+    """`aiAgent` and `threadId` are the name that the service has for the model."""
+    ask("hi", f"autonomous-{name}")
+    request = only(service)
+    payload = json.loads(request.content)
+    assert str(request.url) == SERVICE + ENDPOINTS[name]
+    assert (payload["aiAgent"], payload["threadId"]) == (name, name)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_stream_says_what_the_user_asked_for(ask: Ask, service: HTTPXMock, stream: bool) -> None:
+    """The key `stream` is the prompt's, and the only one that depends on it."""
+    ask("hi", stream=stream)
+    assert json.loads(only(service).content) == {
+        "messages": base64.b64encode(b'[{"role": "user", "content": "hi"}]').decode(),
+        "threadId": "llama",
+        "stream": stream,
+        "aiAgent": "llama",
+    }
+
+
+def test_the_headers_are_those_of_the_protocol_and_no_others(ask: Ask, service: HTTPXMock) -> None:
+    """Constants beside what HTTP needs, and a user agent that is honest behind its prefix."""
+    ask("hi")
+    request = only(service)
+    version = importlib.metadata.version("llm-autonomous")
+    connection = {"host": "chatgpt.autonomous.ai", "content-length": str(len(request.content))}
+    headers = {name: value for name, value in request.headers.items() if name != "connection"}
+    assert headers == connection | {
+        "accept": "*/*",
+        "accept-encoding": "gzip, deflate",
+        "accept-language": "en-US,en;q=0.9",
+        "content-type": "application/json",
+        "country-code": "US",
+        "origin": "https://www.autonomous.ai",
+        "referer": "https://www.autonomous.ai/",
+        "time-zone": "America/New_York",
+        "user-agent": f"Mozilla/5.0 (compatible; llm-autonomous/{version})",
+    }
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_request_carries_the_whole_conversation_once(service: HTTPXMock, kind: str) -> None:
+    """The third turn of a conversation sends the system prompt, both earlier turns, and itself."""
+    prompts: list[tuple[str, dict[str, Any]]] = [("one", {"system": "Be brief"}), ("two", {}), ("three", {})]
+    if kind == "sync":
+        conversation = llm.get_model("autonomous-llama").conversation()
+        for prompt, settings in prompts:
+            conversation.prompt(prompt, **settings).text()
+    else:
+
+        async def talk() -> None:
+            conversation = llm.get_async_model("autonomous-llama").conversation()
+            for prompt, settings in prompts:
+                await conversation.prompt(prompt, **settings).text()
+
+        asyncio.run(talk())
+    assert messages_of(service.get_requests()[-1]) == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "fine"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "fine"},
+        {"role": "user", "content": "three"},
+    ]
+
+
+# Where it goes
+
+
+@pytest.mark.parametrize(
+    ("base", "url"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000/api/v1/ai/chat"),
+        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/api/v1/ai/chat"),
+        ("http://127.0.0.1:8000/ai/proxy", "http://127.0.0.1:8000/ai/proxy/api/v1/ai/chat"),
+        ("https://ai.example/prefix/", "https://ai.example/prefix/api/v1/ai/chat"),
+        ("http://[::1]:8000", "http://[::1]:8000/api/v1/ai/chat"),
+        ("  http://127.0.0.1:8000\n", "http://127.0.0.1:8000/api/v1/ai/chat"),
+        ("", SERVICE + "chat"),
+        (" ", SERVICE + "chat"),
+    ],
+)
+def test_the_base_url_may_have_a_prefix_and_a_trailing_slash(
+    ask: Ask, service: HTTPXMock, monkeypatch: pytest.MonkeyPatch, base: str, url: str
+) -> None:
+    """`AUTONOMOUS_BASE_URL` replaces the service's URL, and an empty one does not."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", base)
+    assert ask("hi").text == "fine"
+    assert str(only(service).url) == url
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "127.0.0.1:8000",
+        "localhost",
+        "/api",
+        "ftp://ai.example",
+        "file:///etc/hosts",
+        "http://",
+        "https:///path",
+        "http://:8000",
+        "http://ai.example:99999",
+        "http://ai.example:port",
+        "http://[::1",
+        "http://ai\x01example",
+        "::",
+    ],
+)
+def test_a_base_url_that_is_none_is_an_error_that_names_the_variable(
+    ask: Ask, service: HTTPXMock, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    """What is no http(s) URL with a host goes nowhere, least of all to the service."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", base)
+    assert ask("hi").line.startswith("AUTONOMOUS_BASE_URL must be an http:// or https:// URL with a host")
+    assert service.get_requests() == []
+
+
+def test_the_base_url_is_read_at_each_prompt(ask: Ask, service: HTTPXMock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of `AUTONOMOUS_BASE_URL` within a process counts from the next prompt on."""
+    for base in ("http://one.example", "http://two.example"):
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", base)
+        ask("hi")
+    monkeypatch.delenv("AUTONOMOUS_BASE_URL")
+    ask("hi")
+    hosts = [request.url.host for request in service.get_requests()]
+    assert hosts == ["one.example", "two.example", "chatgpt.autonomous.ai"]
+
+
+def test_credentials_of_the_base_url_are_sent_and_never_logged(
+    ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server gets them in a header, and the URL that httpx logs is without them."""
+    caplog.set_level(logging.DEBUG)
+    with_credentials = server.url.replace("://", "://me%40home:hunter2%3A@")
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", with_credentials)
+    assert ask("hi").text == "llama heard: hi"
+    assert server.last.headers["authorization"] == f"Basic {base64.b64encode(b'me@home:hunter2:').decode()}"
+    assert f"{server.url}/api/v1/ai/chat" in caplog.text, "httpx logs its requests"
+    assert "hunter2" not in caplog.text
+    assert "me%40home" not in caplog.text
+
+
+def test_credentials_of_the_base_url_stay_out_of_errors(
+    ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line names host and port alone, and neither it nor the traceback has the password."""
+    server.answer = say([b"no"], status="400 Bad Request")
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url.replace("://", "://me:hunter2@"))
+    answer = ask("hi")
+    assert answer.line == f"127.0.0.1:{server.port}: HTTP 400 Bad Request: no"
+    assert answer.error is not None
+    assert "hunter2" not in "".join(traceback.format_exception(answer.error))
+
+
+# The messages
+
+
+@pytest.mark.parametrize(
+    ("parts", "content"),
+    [
+        pytest.param([TextPart("a"), TextPart("b")], "ab", id="text parts are joined"),
+        pytest.param([ReasoningPart("hmm"), TextPart("so")], "so", id="reasoning is left out"),
+        pytest.param(
+            [TextPart("Wait."), ToolCallPart("add", {"a": 1, "b": [2]}, "id1")],
+            'Wait.\n[called the tool add with {"a": 1, "b": [2]}]',
+            id="a tool call is text",
+        ),
+        pytest.param([ToolCallPart("now", {})], "[called the tool now with {}]", id="a tool call without arguments"),
+        pytest.param([ToolResultPart("add", "3", "id1")], "[the tool add returned: 3]", id="a tool result is text"),
+        pytest.param(
+            [ToolResultPart("add", "", exception="ValueError: no")],
+            "[the tool add failed: ValueError: no]",
+            id="a failed tool says so",
+        ),
+        pytest.param(
+            [ToolResultPart("draw", "done", attachments=[llm.Attachment(type="image/png", content=PNG)])],
+            "[the tool draw returned: done]\n[image/png attachment, not shown to this model]",
+            id="what a tool attached is a note",
+        ),
+        pytest.param(
+            [TextPart("See"), picture(type="image/png", content=PNG)],
+            "See\n[image/png attachment, not shown to this model]",
+            id="an image from bytes is a note",
+        ),
+        pytest.param(
+            [picture(type="image/png", path="nowhere.png"), TextPart("See")],
+            "[image/png attachment, not shown to this model]\nSee",
+            id="an image from a path is a note, read or not",
+        ),
+        pytest.param(
+            [picture(url="http://127.0.0.1:1/cat.png")],
+            "[file attachment, not shown to this model]",
+            id="an image from a URL is a note, fetched or not",
+        ),
+    ],
+)
+def test_a_text_model_gets_text_for_what_it_cannot_take(parts: list[Any], content: str) -> None:
+    """Whatever a conversation holds, the content of a message is a string."""
+    assert build_messages([message("user", *parts)], frozenset()) == [{"role": "user", "content": content}]
+
+
+def test_the_roles_are_those_of_the_protocol() -> None:
+    """What a tool returned comes from the user's side."""
+    chain = [system("s"), user("u"), assistant("a"), message("tool", ToolResultPart("t", "r")), message("other", "?")]
+    chain[-1].parts = [TextPart("o")]
+    assert build_messages(chain, frozenset()) == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "[the tool t returned: r]"},
+        {"role": "user", "content": "o"},
+    ]
+
+
+@pytest.mark.parametrize("image_types", [frozenset(), IMAGE_TYPES])
+def test_a_message_with_nothing_to_say_is_left_out(image_types: frozenset[str]) -> None:
+    """Reasoning alone, no part at all, an attachment part without one: no message."""
+    empty = [message("assistant", ReasoningPart("hmm", redacted=True)), message("user"), message("user", TextPart(""))]
+    chain = [user("one"), *empty, message("user", AttachmentPart(attachment=None)), assistant("two")]
+    built = build_messages(chain, image_types)
+    assert [entry["content"] for entry in built] == ["one", "two"]
+
+
+def test_an_image_is_a_content_part_behind_the_text(tmp_path: Path) -> None:
+    """Bytes and files become a `data:` URL of their type, a URL goes as it is."""
+    path = tmp_path / "image.png"
+    path.write_bytes(PNG)
+    url = "http://127.0.0.1:1/cat"
+    parts = [
+        picture(path=str(path)),
+        TextPart("See"),
+        picture(content=PNG),
+        picture(type="image/webp", content=b"webp"),
+        picture(type="image/jpeg", url=f"{url}.jpg?size=1"),
+        picture(url=url),
+    ]
+    [built] = build_messages([message("user", *parts)], IMAGE_TYPES)
+    urls = [PNG_URL, PNG_URL, "data:image/webp;base64,d2VicA==", f"{url}.jpg?size=1", url]
+    assert built == {
+        "role": "user",
+        "content": [{"type": "text", "text": "See"}] + [{"type": "image_url", "image_url": {"url": u}} for u in urls],
+    }
+
+
+def test_an_image_that_a_tool_attached_is_shown_to_vision() -> None:
+    """The result is text, and its image a content part."""
+    result = ToolResultPart("draw", "done", attachments=[llm.Attachment(type="image/png", content=PNG)])
+    assert build_messages([message("tool", result)], IMAGE_TYPES)[0]["content"] == [
+        {"type": "text", "text": "[the tool draw returned: done]"},
+        {"type": "image_url", "image_url": {"url": PNG_URL}},
+    ]
+
+
+def test_what_is_no_image_is_a_note_for_vision_too() -> None:
+    """A conversation begun with another model may hold a PDF, from bytes or from a URL."""
+    parts = [
+        TextPart("Read"),
+        picture(type="application/pdf", content=b"%PDF-"),
+        picture(type="audio/wav", url="http://127.0.0.1:1/a.wav"),
+    ]
+    assert build_messages([message("user", *parts)], IMAGE_TYPES)[0]["content"] == (
+        "Read\n[application/pdf attachment, not shown to this model]\n[audio/wav attachment, not shown to this model]"
+    )
+
+
+@pytest.mark.parametrize("attachment", [{"type": "image/png"}, {}], ids=["typed", "untyped"])
+def test_an_image_that_is_gone_does_not_end_the_conversation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, attachment: dict[str, str]
+) -> None:
+    """A file of an earlier turn that can no longer be read is a note to the model and a warning to the user."""
+    part = picture(path=str(tmp_path / "gone.png"), **attachment)
+    content = build_messages([message("user", TextPart("See"), part)], IMAGE_TYPES)[0]["content"]
+    assert content == f"See\n[{attachment.get('type', 'file')} attachment, not shown to this model]"
+    [record] = caplog.records
+    assert (record.levelname, "gone.png" in record.getMessage()) == ("WARNING", True)
+
+
+def test_vision_sends_images_from_a_path_from_bytes_and_from_a_url(
+    ask: Ask, service: HTTPXMock, tmp_path: Path
+) -> None:
+    """A prompt's attachments arrive as OpenAI content parts, in the order they were given."""
+    path = tmp_path / "image.png"
+    path.write_bytes(PNG)
+    url = "http://127.0.0.1:1/cat.gif"
+    attachments = [
+        llm.Attachment(path=str(path)),
+        llm.Attachment(content=PNG),
+        llm.Attachment(type="image/gif", url=url),
+    ]
+    assert ask("What?", "autonomous-vision", attachments=attachments).text == "fine"
+    assert messages_of(only(service)) == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "What?"},
+                {"type": "image_url", "image_url": {"url": PNG_URL}},
+                {"type": "image_url", "image_url": {"url": PNG_URL}},
+                {"type": "image_url", "image_url": {"url": url}},
+            ],
+        }
+    ]
+
+
+def test_an_image_by_url_is_not_fetched(ask: Ask, server: Loopback) -> None:
+    """A URL whose type is known is the service's to fetch: the one request is the prompt."""
+    ask("What?", "autonomous-vision", attachments=[llm.Attachment(type="image/png", url=f"{server.url}/cat.png")])
+    assert [request.method for request in server.requests] == ["POST"]
+
+
+def test_a_conversation_begun_with_another_model_goes_on(ask: Ask, service: HTTPXMock) -> None:
+    """A chain with an image, reasoning, a tool call and its result reaches a text model as text."""
+    chain = [
+        message("user", TextPart("What?"), picture(type="image/png", content=PNG)),
+        message("assistant", ReasoningPart("secret thought"), ToolCallPart("look", {"at": "it"}, "1")),
+        message("tool", ToolResultPart("look", "a cat", "1")),
+        assistant("A cat."),
+        user("Sure?"),
+    ]
+    assert ask(None, messages=chain).text == "fine"
+    assert messages_of(only(service)) == [
+        {"role": "user", "content": "What?\n[image/png attachment, not shown to this model]"},
+        {"role": "assistant", "content": '[called the tool look with {"at": "it"}]'},
+        {"role": "user", "content": "[the tool look returned: a cat]"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure?"},
+    ]
+
+
+# The empty prompt
+
+
+@pytest.mark.parametrize("model", ["autonomous-llama", "autonomous-vision"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param({"prompt": None}, id="none"),
+        pytest.param({"prompt": ""}, id="empty"),
+        pytest.param({"prompt": " \t\r\n\u2028"}, id="blank"),
+        pytest.param({"prompt": "", "system": "Be brief"}, id="system prompt only"),
+        pytest.param({"prompt": None, "fragments": ["", "\n"]}, id="blank fragments"),
+        pytest.param({"prompt": None, "messages": []}, id="no messages"),
+        pytest.param({"prompt": None, "messages": [user("hi"), assistant("ho")]}, id="an answer is last"),
+        pytest.param({"prompt": None, "messages": [user("hi"), assistant("ho"), user(" ")]}, id="blank at the end"),
+    ],
+)
+def test_an_empty_prompt_is_an_error_before_anything_is_sent(
+    ask: Ask, service: HTTPXMock, model: str, prompt: dict[str, Any]
+) -> None:
+    """Nothing to ask is nothing to send."""
+    assert ask(model=model, **prompt).line == "the prompt is empty: nothing was sent"
+    assert service.get_requests() == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"prompt": "", "attachments": [llm.Attachment(type="image/png", content=PNG)]},
+        {"prompt": None, "fragments": ["a fragment"]},
+        {"prompt": "0"},
+    ],
+    ids=["an image alone", "a fragment alone", "a short prompt"],
+)
+def test_a_prompt_need_not_be_typed_text(ask: Ask, service: HTTPXMock, prompt: dict[str, Any]) -> None:
+    """An image or a fragment is a prompt."""
+    assert ask(model="autonomous-vision", **prompt).text == "fine"
+    assert len(service.get_requests()) == 1
+
+
+# The options
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://proxy:3128", "https://proxy", "socks5://127.0.0.1:1080", "socks5h://[::1]:1080/", None]
+)
+def test_a_proxy_url_is_taken(proxy: str | None) -> None:
+    """All four kinds of proxy URL, and none."""
+    assert AutonomousOptions(proxy=proxy).proxy == proxy
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "",
+        "proxy",
+        "proxy:3128",
+        "127.0.0.1:3128",
+        "ftp://proxy",
+        "socks4://proxy",
+        "http://",
+        "http://:3128",
+        "http://proxy:port",
+        "http://proxy:99999",
+        "http://[::1",
+    ],
+)
+def test_what_is_no_proxy_url_is_refused(proxy: str) -> None:
+    """The error says what kinds of URL there are."""
+    with pytest.raises(ValidationError, match="must be an http://, https://, socks5:// or socks5h:// URL with a host"):
+        AutonomousOptions(proxy=proxy)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(5, 5.0), ("0.5", 0.5), (86_400, 86_400.0), (None, None)])
+def test_a_timeout_is_seconds(given: Any, seconds: float | None) -> None:
+    """A number, or the text of one, as the command line gives it."""
+    assert AutonomousOptions(timeout=given).timeout == seconds
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "0", "nan", "inf", "-inf", "soon", "", 86_401])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    """Zero, less, endless and words."""
+    with pytest.raises(ValidationError, match="timeout"):
+        AutonomousOptions(timeout=timeout)
+
+
+def test_there_is_no_other_option() -> None:
+    """No sampling field was ever seen on the wire, and an option that does nothing is a lie."""
+    assert set(AutonomousOptions.model_fields) == {"proxy", "timeout"}
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        AutonomousOptions.model_validate({"temperature": 0.5})
+
+
+SECRET_PROXIES = [
+    "http://me:hunter2@proxy:3128",
+    "https://hunter2@proxy",
+    "socks5://me:hunter2@127.0.0.1:1080",
+    "socks5h://:hunter2@proxy",
+    "me:hunter2@proxy:3128",
+    "http://me:hunter2@",
+    "http://me:hunter2@proxy:port",
+    "http://me:hunter2@[::1",
+    "ftp://me:hunter2@proxy",
+    "http://me:hunter2\uff20proxy",
+    "http://me:hunter2%40proxy",
+]
+
+
+@pytest.mark.parametrize("proxy", SECRET_PROXIES)
+def test_a_refused_proxy_is_never_repeated(proxy: str) -> None:
+    """Neither the words of the error nor its traceback hold what was given."""
+    with pytest.raises(ValidationError) as caught:
+        AutonomousOptions(proxy=proxy)
+    said = [str(caught.value), repr(caught.value), *(error["msg"] for error in caught.value.errors())]
+    assert "hunter2" not in "".join([*said, *traceback.format_exception(caught.value)])
+    assert "@" not in proxy or "set HTTPS_PROXY instead" in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [llm.get_model, llm.get_async_model], ids=["sync", "async"])
+def test_a_proxy_with_a_password_is_refused_in_python(prompt: Any) -> None:
+    """`prompt` raises before it begins, in words without the password."""
+    with pytest.raises(ValidationError, match="HTTPS_PROXY") as caught:
+        prompt("autonomous-llama").prompt("hi", proxy=SECRET_PROXIES[0])
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-m autonomous-llama hi -o proxy {}",
+        "-m autonomous-llama hi --async -o proxy {}",
+        "-m autonomous-llama hi -o proxy {} -o timeout never",
+        "chat -m autonomous-llama -o proxy {}",
+        "models options set autonomous-llama proxy {}",
+        "autonomous check -o proxy {}",
+    ],
+)
+def test_a_proxy_with_a_password_is_refused_by_every_command(
+    command: str, user_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line says what to do instead, repeats no password, and writes none down."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")  # where a prompt goes if it is not refused
+    result = CliRunner().invoke(cli, command.format(SECRET_PROXIES[0]).split())
+    assert result.exit_code == 1
+    assert "set HTTPS_PROXY instead" in result.output
+    assert "hunter2" not in result.output
+    written = [path.read_bytes() for path in user_path.rglob("*") if path.is_file()]
+    assert not any(b"hunter2" in data for data in written)
+
+
+def test_the_options_are_shown_with_help() -> None:
+    """`llm models --options` has a sentence for each, with the kinds of proxy and the default timeout."""
+    shown = CliRunner().invoke(cli, ["models", "--options", "-q", "autonomous"])
+    words = " ".join(shown.output.split())
+    assert shown.exit_code == 0
+    assert (
+        "proxy: str Send the prompt through this proxy: an http://, https://, socks5:// or socks5h:// URL "
+        "without user name and password, which LLM would log. Set HTTPS_PROXY for a proxy that needs them. "
+        "timeout: float Seconds of silence before the prompt fails, more than 0. Default 120." in words
+    )
+    assert shown.output.count("timeout: float") == len(BACKENDS)
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0, 30.0])
+def test_the_timeout_bounds_silence_and_connecting_has_its_own_bound(
+    ask: Ask, service: HTTPXMock, timeout: float | None
+) -> None:
+    """120 seconds by default, 10 at most to connect, and no limit on the wait for a connection of the pool."""
+    ask("hi", timeout=timeout)
+    seconds = timeout or 120.0
+    expected = {"connect": min(seconds, 10.0), "read": seconds, "write": seconds, "pool": None}
+    assert only(service).extensions["timeout"] == expected

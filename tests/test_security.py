@@ -1,0 +1,459 @@
+"""Security: each sentence of that section of the README, and who a prompt and its secrets may not reach."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Ask
+from loopback import DONE, Answer, Connection, Loopback, Request, delta, environment, event, say
+from proxies import PEM, Proxy, TlsLoopback, free_port, run_python, tls
+
+import llm_autonomous
+
+GOOD = "llama heard: hi"
+SECRET = "hunter2"
+
+
+# Certificates are always verified
+
+
+@pytest.fixture
+def tls_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
+    """A server whose certificate is for 127.0.0.1, and verifies where SSL_CERT_FILE names its authority."""
+    with TlsLoopback() as server:
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url)
+        yield server
+
+
+def test_unknown_authority_is_refused(ask: Ask, tls_server: Loopback) -> None:
+    """A certificate that no known authority signed gets no prompt."""
+    assert "its certificate cannot be verified: self-signed certificate" in ask().line
+    assert tls_server.requests == []
+
+
+def test_certificate_of_another_host_is_refused(
+    ask: Ask, tls_server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate that verifies, but is for another host, gets no prompt."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(PEM))
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"https://service.test:{tls_server.port}")
+    with Proxy() as proxy:
+        line = ask(proxy=proxy.url).line
+    assert "its certificate cannot be verified: Hostname mismatch" in line
+    assert tls_server.requests == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_certificates_are_verified_behind_a_proxy(scheme: str, ask: Ask, tls_server: Loopback) -> None:
+    """A proxy in between changes nothing."""
+    with Proxy(scheme) as proxy:
+        assert "its certificate cannot be verified" in ask(proxy=proxy.url).line
+    assert tls_server.requests == []
+
+
+def test_certificate_of_a_proxy_is_verified(ask: Ask, server: Loopback) -> None:
+    """An https:// proxy that cannot show who it is gets no prompt."""
+    with Proxy("https", tls=tls()) as proxy:
+        assert "its certificate cannot be verified" in ask(proxy=proxy.url).line
+        assert proxy.targets == []
+    assert server.requests == []
+
+
+def test_nothing_turns_verification_off(ask: Ask, tls_server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option has to do with certificates, and the variables that turn others off do nothing here."""
+    assert set(llm_autonomous.AutonomousOptions.model_fields) == {"proxy", "timeout"}
+    for name in ("PYTHONHTTPSVERIFY", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_VERIFY", "HTTPX_VERIFY"):
+        monkeypatch.setenv(name, "0" if name.endswith(("VERIFY",)) else "")
+    assert "its certificate cannot be verified" in ask().line
+
+
+# Redirects are never followed
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_never_followed(status: int, ask: Ask, server: Loopback) -> None:
+    """A redirect is an error that says where to, and the host it names hears nothing."""
+    with Loopback() as elsewhere:
+        target = f"{elsewhere.url}/api/v1/ai/chat"
+
+        async def redirect(request: Request, connection: Connection) -> None:
+            await connection.whole(b"", f"{status} Moved", {"location": target})
+
+        server.answer = redirect
+        line = ask().line
+        assert f"redirects to {target}, which is not followed" in line
+        assert elsewhere.connections == 0
+    assert len(server.requests) == 1
+
+
+def test_redirects_to_the_same_host_are_not_followed_either(ask: Ask, server: Loopback) -> None:
+    """A redirect within the host is not followed."""
+
+    async def redirect(request: Request, connection: Connection) -> None:
+        await connection.whole(b"", "307 Temporary Redirect", {"location": "/api/v1/ai/chat-hermes"})
+
+    server.answers += [redirect]
+    assert "redirects to /api/v1/ai/chat-hermes" in ask().line
+    assert len(server.requests) == 1
+
+
+# A prompt goes to no host but the one named; nothing a server sends is executed or written to disk
+
+WATCHED = """
+import asyncio, contextlib, os, sys
+import llm
+
+model, async_model = llm.get_model("autonomous-llama"), llm.get_async_model("autonomous-llama")
+
+async def ask_async():
+    return await async_model.prompt("hi").text()
+
+def ask():
+    with contextlib.suppress(llm.ModelError):
+        model.prompt("hi").text() if sys.argv[1] == "sync" else asyncio.run(ask_async())
+
+events = []
+watching = False
+DOES = ("exec", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "subprocess.Popen",
+        "pty.spawn", "compile", "marshal.loads", "pickle.find_class", "ctypes.dlopen", "os.mkdir", "os.rename",
+        "os.remove", "os.link", "os.symlink", "os.truncate", "os.chmod", "shutil.copyfile", "tempfile.mkstemp",
+        "sqlite3.connect", "webbrowser.open")
+
+def watch(event, arguments):
+    if not watching:
+        return
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        events.append(f"connect {arguments[1][0]}:{arguments[1][1]}")
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        events.append(f"look up {arguments[0]}")
+    elif event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        events.append(f"write {arguments[0]}")
+    elif event in DOES:
+        events.append(f"{event} {arguments[0]!r}")
+
+ask()  # imports, and makes what is kept
+sys.addaudithook(watch)
+watching = True
+for _ in range(int(sys.argv[2])):
+    ask()
+watching = False
+print("\\n".join(dict.fromkeys(events)))
+"""
+
+HOSTILE = "__import__('os').system('touch owned'); `touch owned`; $(touch owned) ../../owned"
+
+
+def hostile_head() -> dict[str, str]:
+    return {
+        "content-disposition": 'attachment; filename="owned"',
+        "refresh": "0; url=http://elsewhere.test/",
+        "link": "<http://elsewhere.test/>; rel=preload",
+        "alt-svc": 'h3=":443"',
+        "set-cookie": "id=1; path=/",
+    }
+
+
+async def hostile_stream(request: Request, connection: Connection) -> None:
+    chunk = delta(HOSTILE)
+    call = {"index": 0, "id": "1", "type": "function", "function": {"name": "os.system", "arguments": HOSTILE}}
+    chunk["choices"][0]["delta"]["tool_calls"] = [call]
+    await connection.head(headers=hostile_head())
+    await connection.send(event(chunk) + event(delta(finish_reason="stop", model=HOSTILE)) + DONE)
+    await connection.end()
+
+
+async def hostile_error(request: Request, connection: Connection) -> None:
+    await connection.whole(HOSTILE.encode(), "400 Bad Request", hostile_head())
+
+
+async def hostile_redirect(request: Request, connection: Connection) -> None:
+    await connection.whole(b"", "307 Moved", {**hostile_head(), "location": "http://elsewhere.test/"})
+
+
+async def drop_when_done(request: Request, connection: Connection) -> None:
+    """Has the next prompt connect again, where it is watched."""
+    await connection.head()
+    await connection.send(event(delta("ok", finish_reason="stop")) + DONE)
+    await connection.drop()
+
+
+HOSTILES: list[Answer] = [
+    hostile_stream,
+    hostile_error,
+    hostile_redirect,
+    say([b'<html><meta http-equiv="refresh" content="0; url=http://elsewhere.test/"><title>x</title>']),
+    say([b"!!python/object/apply:os.system [touch owned]\n\n"]),
+]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_prompt_reaches_the_host_named_and_does_nothing_else(kind: str, server: Loopback) -> None:
+    """A prompt connects to the server it was told and to none beside it; nothing that comes back is executed, and
+    no file is written, as Python's own audit events tell."""
+    server.answers += [drop_when_done, *HOSTILES]
+    events = run_python(WATCHED, kind, str(len(HOSTILES))).splitlines()
+    assert set(events) - {"", "look up 127.0.0.1"} == {f"connect 127.0.0.1:{server.port}"}
+    assert len(server.requests) == 1 + len(HOSTILES)
+
+
+def test_audit_would_tell(server: Loopback) -> None:
+    """The test above sees a file that is written, a name that is looked up and a command that is run."""
+    tattle = "def ask(): open(os.devnull, 'w').close(); asyncio.run(ask_async()); os.system('true')\nevents = []"
+    events = run_python(WATCHED.replace("events = []", tattle), "sync", "1").splitlines()
+    assert "write /dev/null" in events
+    assert f"connect 127.0.0.1:{server.port}" in events
+    assert "os.system b'true'" in events
+
+
+def test_cookies_of_a_server_are_not_sent_back(ask: Ask, server: Loopback) -> None:
+    """A server cannot mark a user: the next prompt tells it nothing that it said before."""
+    server.answers += [hostile_stream]
+    names = []
+    for _ in range(2):
+        assert ask().text
+        names.append(sorted(server.last.headers))
+    assert names[0] == names[1]
+
+
+# No secret in logs, errors or process arguments
+
+
+def everything_said(answer_error: BaseException | None, caplog: pytest.LogCaptureFixture) -> str:
+    said = [record.getMessage() for record in caplog.records] + [repr(vars(record)) for record in caplog.records]
+    if answer_error:
+        said += traceback.format_exception(answer_error)
+    return "\n".join(said)
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5", "socks5h"])
+@pytest.mark.parametrize("fails", [False, True], ids=["answered", "failing"])
+def test_password_of_a_proxy_is_not_logged(
+    fails: bool,
+    scheme: str,
+    ask: Ask,
+    server: Loopback,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    no_backoff: None,
+) -> None:
+    """The password of a proxy in the environment reaches the proxy, and no log of whatever level, and no error."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://service.test:{server.port}")
+    server.answer = hostile_error if fails else server.answer
+    with Proxy(scheme) as proxy, caplog.at_level(logging.DEBUG):
+        monkeypatch.setenv("ALL_PROXY", proxy.url_for(f"user:{SECRET}"))
+        answer = ask()
+        assert proxy.credentials == {f"user:{SECRET}"}
+    assert bool(answer.error) == fails
+    assert SECRET not in everything_said(answer.error, caplog)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["answered", "failing"])
+def test_password_of_the_base_url_is_not_logged(
+    fails: bool,
+    ask: Ask,
+    server: Loopback,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    no_backoff: None,
+) -> None:
+    """The password in AUTONOMOUS_BASE_URL reaches its server, and no log of whatever level, and no error."""
+
+    async def overloaded(request: Request, connection: Connection) -> None:
+        await connection.whole(b"overloaded", "503 Service Unavailable")
+
+    server.answer = overloaded if fails else server.answer
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url.replace("://", f"://user:{SECRET}@"))
+    with caplog.at_level(logging.DEBUG):
+        answer = ask()
+    assert server.last.headers["authorization"].startswith("Basic ")
+    assert bool(answer.error) == fails
+    assert SECRET not in everything_said(answer.error, caplog)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://user:{SECRET}@127.0.0.1:PORT",
+        f"https://user:{SECRET}@127.0.0.1:PORT",
+        f"socks5://user:{SECRET}@127.0.0.1:PORT",
+        f"http://user:{SECRET}@127.0.0.1:port",
+        f"http://user:{SECRET}@[::",
+        f"ftp://user:{SECRET}@127.0.0.1",
+        f"http://user:{SECRET}@",
+        f"http://user:{SECRET}@host name/",
+    ],
+)
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "HTTP_PROXY", "AUTONOMOUS_BASE_URL"])
+def test_password_of_what_does_not_work_is_not_told(
+    variable: str,
+    url: str,
+    ask: Ask,
+    server: Loopback,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    no_backoff: None,
+) -> None:
+    """A proxy or server that refuses, or whose URL is none, is an error that does not repeat its password."""
+    monkeypatch.setenv(variable, url.replace("PORT", str(free_port())))
+    with caplog.at_level(logging.DEBUG):
+        answer = ask()
+    assert answer.line
+    assert SECRET not in everything_said(answer.error, caplog)
+
+
+@pytest.mark.parametrize("status", ["403 Forbidden", "407 Proxy Authentication Required"])
+def test_password_that_a_proxy_refuses_is_not_told(
+    status: str, ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A proxy that does not take the password is an error that does not repeat it."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
+    with Proxy(refusal=status) as proxy, caplog.at_level(logging.DEBUG):
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url_for(f"user:{SECRET}"))
+        answer = ask()
+        assert proxy.credentials == {f"user:{SECRET}"}
+    assert status in answer.line
+    assert SECRET not in everything_said(answer.error, caplog)
+
+
+def llm_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What `llm` does with these arguments and variables, in a process of its own."""
+    settings = {**environment(variables.pop("url")), **variables}
+    for name in ("NO_PROXY", "no_proxy"):
+        settings.pop(name)
+    command = ["llm", *arguments]
+    return subprocess.run(
+        command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_passwords_are_not_in_the_database(server: Loopback, user_path: Path) -> None:
+    """What `llm` logs of a prompt, and what it prints, holds the password of neither proxy nor server."""
+    with Proxy() as proxy:
+        url = f"http://user:{SECRET}@service.test:{server.port}"
+        done = llm_command("-m", "autonomous-llama", "hi", url=url, HTTP_PROXY=proxy.url_for(f"user:{SECRET}"))
+        assert proxy.credentials == {f"user:{SECRET}"}
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{GOOD}\n", "")
+    files = [path for path in user_path.rglob("*") if path.is_file()]
+    assert "logs.db" in [path.name for path in files]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_password_in_the_proxy_option_is_refused(server: Loopback, user_path: Path) -> None:
+    """A password in -o proxy is refused before anything is sent or logged, and not repeated."""
+    proxy = f"http://user:{SECRET}@127.0.0.1:{free_port()}"
+    done = llm_command("-m", "autonomous-llama", "hi", "-o", "proxy", proxy, url=server.url)
+    assert done.returncode != 0
+    assert "HTTPS_PROXY" in done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    assert server.requests == []
+    assert not [path for path in user_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("proxy", [f"http://user:{SECRET}@[", f"user:{SECRET}@127.0.0.1", f"http://{SECRET}@h:port"])
+def test_password_in_a_malformed_proxy_option_is_not_repeated(proxy: str, ask: Ask, server: Loopback) -> None:
+    """A proxy option that is no URL is refused in words that leave it out."""
+    with pytest.raises(ValueError, match="proxy") as caught:
+        ask(proxy=proxy)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    assert server.requests == []
+
+
+def test_passwords_are_not_in_process_arguments(server: Loopback) -> None:
+    """A prompt leaves the process arguments as they were, and starts no process that would have its own."""
+    script = """
+import os, sys
+import conftest
+answer = conftest.ask_sync()
+with open("/proc/self/cmdline", "rb") as arguments:
+    print(answer.text, sys.argv[1] in arguments.read().decode(), os.environ["MARK"] in " ".join(sys.orig_argv))
+with open("/proc/self/task/%d/children" % os.getpid()) as children:
+    print(repr(children.read()))
+"""
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("needs /proc")
+    with Proxy() as proxy:
+        settings = {
+            "AUTONOMOUS_BASE_URL": f"http://user:{SECRET}@service.test:{server.port}",
+            "HTTP_PROXY": proxy.url_for(f"user:{SECRET}"),
+            "MARK": SECRET,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            assert run_python(script, "argument") == f"{GOOD} True False\n''\n"
+
+
+# Nothing a server sends is printed raw in an error
+
+RAW = "\x1b]0;owned\x07\x1b[31mred\r\n\tnext\x00\x9b2J\u202eevil\u2028line"
+
+
+def raw_status(words: bytes, headers: bytes = b"", body: bytes = b"") -> Answer:
+    async def answer(request: Request, connection: Connection) -> None:
+        length = b"content-length: %d\r\n" % len(body)
+        await connection.raw(b"HTTP/1.1 " + words + b"\r\n" + headers + length + b"\r\n" + body)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(raw_status(b"400 Bad", body=RAW.encode()), id="plain text"),
+        pytest.param(raw_status(b"400 Bad", body=b'{"error": "\\u001b[31m\\u009bevil \\u202e"}'), id="JSON"),
+        pytest.param(raw_status(b"403 Bad", body=f"<html><title>{RAW}evil</title>".encode()), id="title"),
+        pytest.param(raw_status(b"400 \x9b31mevil \x9c"), id="reason phrase"),
+        pytest.param(raw_status(b"302 Found", b"location: http://evil\x9b31m\xff/\r\n"), id="location"),
+        pytest.param(raw_status(b"200 OK", b"content-encoding: evil\x9b31m\r\n", b"x"), id="encoding"),
+        pytest.param(raw_status(b"503 Bad", b"retry-after: 99\r\n", RAW.encode()), id="retry"),
+        pytest.param(raw_status(b"200 \x1b[31mevil\x07"), id="not HTTP"),
+        pytest.param(say([event({"error": {"message": RAW}})]), id="error in the stream"),
+        pytest.param(say([b"data: " + RAW.encode() + b"\n\n"]), id="malformed event"),
+        pytest.param(say([event({"choices": [RAW + "evil"]})]), id="unknown shape"),
+        pytest.param(say([f"<html><title>{RAW}</title>".encode()]), id="page"),
+        pytest.param(say([event(delta(finish_reason=RAW))]), id="finish reason"),
+    ],
+)
+def test_words_of_a_server_are_not_raw_in_an_error(
+    answer: Answer, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Terminal escapes, control and direction characters of a server are in no error and no log of the plugin."""
+    server.answer = answer
+    with caplog.at_level(logging.DEBUG, "llm_autonomous"):
+        line = ask().line  # asserts that it is printable
+    assert len(line) < 600
+    words = [record.getMessage() for record in caplog.records if record.name == "llm_autonomous"]
+    assert all(word.isprintable() for word in words)
+
+
+def test_words_of_a_server_are_quoted_in_retries(
+    ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture, no_backoff: None
+) -> None:
+    """The log lines of retries are printable as well."""
+    server.answers += [raw_status(b"503 Bad", body=RAW.encode())]
+    with caplog.at_level(logging.INFO, "llm_autonomous"):
+        assert ask().text == GOOD
+    (record,) = [record for record in caplog.records if record.name == "llm_autonomous"]
+    assert "owned" in record.getMessage()
+    assert record.getMessage().isprintable()
+
+
+def test_words_of_a_proxy_are_not_raw_in_an_error(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a proxy says is quoted as well."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
+    with Proxy(refusal="403 \x9b31mevil\xad") as proxy:
+        assert "evil" in ask(proxy=proxy.url).line
+
+
+def test_error_of_the_command_line_is_one_plain_line(server: Loopback) -> None:
+    """What reaches the terminal of a user has no escape in it."""
+    server.answer = raw_status(b"400 Bad", body=RAW.encode())
+    done = llm_command("-m", "autonomous-llama", "hi", url=server.url)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.rstrip("\n").isprintable()
