@@ -289,10 +289,8 @@ class ReplyDecoder:
         self._stray = ""  # the first line of an unknown field
         self._first = True  # no line has been read yet
         self._skip_newline = False  # a CR ended the last feed: an LF at the start of the next belongs to it
-        self._line: list[bytes] = []  # the line that has not ended yet, in pieces
-        self._line_size = 0  # bytes
-        self._held: list[str] = []  # the lines of an event that is not complete yet
-        self._held_size = 0  # bytes
+        self._line = bytearray()  # the line that has not ended yet
+        self._held = bytearray()  # the lines of an event that is not complete yet
         self._document = False  # what is held goes on to the end of the reply: a web page, or JSON in many lines
         self._surrogate = ""  # the first half of a character that was cut in two deltas
 
@@ -333,9 +331,8 @@ class ReplyDecoder:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, rest = data.split(b"\n")
         if lines and self._line:
-            lines[0] = b"".join((*self._line, lines[0]))
+            lines[0] = bytes(self._line + lines[0])
             self._line.clear()
-            self._line_size = 0
         for line in lines:
             if line:
                 if len(line) > MAX_EVENT_BYTES:
@@ -345,14 +342,12 @@ class ReplyDecoder:
                     return
             elif self._held and not self._document:
                 self._read_held(deltas)
-        if rest:
-            self._line.append(rest)
-            self._line_size += len(rest)
-            if self._line_size > MAX_EVENT_BYTES:
-                raise too_large()
+        self._line += rest
+        if len(self._line) > MAX_EVENT_BYTES:
+            raise too_large()
 
     def _read_end(self, deltas: list[str]) -> None:
-        last_line = b"".join(self._line).decode("utf-8", "replace")
+        last_line = self._line.decode("utf-8", "replace")
         if last_line:
             self._read_line(last_line, deltas)
         self._read_held(deltas, cut=bool(last_line and (self.answered or deltas)))
@@ -384,16 +379,14 @@ class ReplyDecoder:
             raise not_understood(line)
 
     def _hold(self, line: str) -> None:
-        self._held.append(line)
-        self._held_size += len(line.encode()) + 1
-        if self._held_size > MAX_EVENT_BYTES:
+        self._held += line.encode() + b"\n"
+        if len(self._held) > MAX_EVENT_BYTES:
             raise too_large()
 
     def _read_held(self, deltas: list[str], cut: bool = False) -> None:
         """Read the event that a blank line, the next event, or the end of the reply has completed or cut off."""
-        held = "\n".join(self._held)
+        held = self._held.decode()
         self._held.clear()
-        self._held_size = 0
         if held.lstrip().startswith("<"):
             raise web_page(held)
         if rest := self._read_values(held, deltas):

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import llm
 import pytest
-from conftest import Ask
+from conftest import Ask, ask_async, ask_sync
 from loopback import DONE, Connection, Loopback, Request, delta, event, say, speak
 from proxies import PEM, TESTS, Proxy, TlsLoopback, free_port, run_python, tls, until
 
@@ -90,6 +90,37 @@ def test_hurry_behind_done_is_over_with_the_reply(kind: str, server: Loopback, m
 
     server.answers += [speak(), slow]
     assert len(ask_in_turns(kind, 3)) == 3
+    assert server.connections == 1
+
+
+@both
+def test_hurry_is_over_before_another_prompt_has_the_connection(
+    kind: str, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may take the connection as soon as the reply is closed: it has its own time from the start."""
+    monkeypatch.setattr(llm_autonomous, "DRAIN_TIMEOUT", 0.1)
+    close, aclose = httpx.Response.close, httpx.Response.aclose
+    others: list[Any] = []
+
+    async def slow(request: Request, connection: Connection) -> None:
+        await asyncio.sleep(0.4)
+        await speak()(request, connection)
+
+    def close_and_ask(reply: httpx.Response) -> None:
+        close(reply)
+        if len(server.requests) == 1:
+            others.append(ask_sync("other"))
+
+    async def aclose_and_ask(reply: httpx.Response) -> None:
+        await aclose(reply)
+        if len(server.requests) == 1:
+            others.append(await ask_async("other"))
+
+    monkeypatch.setattr(httpx.Response, "close", close_and_ask)
+    monkeypatch.setattr(httpx.Response, "aclose", aclose_and_ask)
+    server.answers += [speak(), slow]
+    assert (ask_sync() if kind == "sync" else asyncio.run(ask_async())).text == GOOD
+    assert [other.text for other in others] == ["llama heard: other"]
     assert server.connections == 1
 
 
