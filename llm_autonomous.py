@@ -659,6 +659,10 @@ def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | N
     return BACKOFF[attempt - 1] * random.uniform(1 - JITTER, 1 + JITTER)
 
 
+class Silence(float):
+    """Seconds that one call waits for bytes, in an object that is no other call's."""
+
+
 class Call:
     """One prompt on its way: its request, its attempts, and the reply as far as it has come. No I/O.
 
@@ -679,7 +683,8 @@ class Call:
         self.url = url.copy_with(userinfo=b"")  # httpx logs it: without user name and password
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
-        limits = httpx.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT), pool=None)
+        self.silence = Silence(self.timeout)
+        limits = httpx.Timeout(self.silence, connect=min(self.timeout, CONNECT_TIMEOUT), pool=None)
         self.request = httpx.Request(
             "POST",
             self.url,
@@ -700,7 +705,6 @@ class Call:
         self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
         self.refusal_body = b""
         self.deadline = math.inf  # to have read all that is still worth reading, by time.monotonic()
-        self.hurried: Any = None  # the network stream that was told so
         return self.request
 
     def open(self, reply: httpx.Response) -> None:
@@ -734,17 +738,17 @@ class Call:
         return self.deadline < math.inf and time.monotonic() > self.deadline
 
     def _hurry(self, seconds: float) -> None:
-        # httpx fixes the time to wait for bytes when it sends a request: only the stream below can hurry it.
+        # httpx fixes the wait for bytes when it sends a request: only the stream below it can be told of a shorter
+        # one. A moment after the end of this reply the stream may serve another prompt, even in another thread, so
+        # it is told whose wait that is, and may then keep it.
         self.deadline = time.monotonic() + seconds
         if stream := self.network_stream:
-            self.hurried, read = stream, stream.read
-            stream.read = lambda max_bytes, timeout=None: read(max_bytes, timeout=seconds)
+            own, read = self.silence, type(stream).read
+            stream.read = lambda size, timeout=None: read(stream, size, seconds if timeout is own else timeout)
 
     def close(self, failure: Exception | None) -> str:
         """Take the end of the reply, or the exception that cut it off; return the text that it completes."""
         decoder = self.decoder
-        if self.hurried:
-            del self.hurried.read  # the connection's next prompt has its own time
         if self.refusal:
             decoder.error = status_error(self.refusal, self.refusal_body)
         elif failure and not decoder.complete and not decoder.error:
