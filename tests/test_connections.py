@@ -543,8 +543,10 @@ async def cancel() -> None:
 
 
 async def time_out() -> None:
+    response = llm.get_async_model("autonomous-llama").prompt("hi")
+    await anext(response)
     with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(llm.get_async_model("autonomous-llama").prompt("hi").text(), 0.2)
+        await asyncio.wait_for(anext(response), 0.05)
 
 
 @pytest.mark.parametrize("readers", [1, 40])
