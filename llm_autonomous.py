@@ -20,7 +20,6 @@ import functools
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -299,29 +298,29 @@ class ReplyDecoder:
         """Whether the answer is whole: what the connection does from here on does not matter."""
         return self.ended or self._whole or "finish_reason" in self.envelope
 
-    def feed(self, data: bytes) -> list[str]:
-        """The deltas that ``data``, the next bytes of the reply, completes."""
-        return self._collect(self._read_bytes, data)
+    def feed(self, data: bytes, end: bool = False) -> list[str]:
+        """The deltas that ``data``, the next bytes of the reply, or its end completes."""
+        deltas: list[str] = []
+        if self.error is None and not self.ended:
+            try:
+                self._read_bytes(data, deltas)
+                if end:
+                    self._read_end(deltas)
+            except AutonomousError as error:
+                self.error = error
+            if deltas:
+                self.answered = True
+        return deltas
 
     def close(self) -> list[str]:
         """The deltas that the end of the reply completes: the last event may come without its blank line."""
-        deltas = self._collect(self._read_end)
+        deltas = self.feed(b"", end=True)
         if not self.answered and self.error is None:
             lost = "" if self._understood or self.ended else self._stray
             self.error = not_understood(lost) if lost else empty(self.envelope.get("finish_reason"))
         return deltas
 
-    def _collect(self, read: Callable[..., None], *data: bytes) -> list[str]:
-        deltas: list[str] = []
-        if self.error is None and not self.ended:
-            try:
-                read(deltas, *data)
-            except AutonomousError as error:
-                self.error = error
-            self.answered = self.answered or bool(deltas)
-        return deltas
-
-    def _read_bytes(self, deltas: list[str], data: bytes) -> None:
+    def _read_bytes(self, data: bytes, deltas: list[str]) -> None:
         # Lines end at CRLF, LF or CR and nowhere else: U+2028 and its like are text, so no splitlines here.
         if self._skip_newline and data:
             self._skip_newline = False
@@ -329,10 +328,11 @@ class ReplyDecoder:
         if b"\r" in data:
             self._skip_newline = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *lines, rest = data.split(b"\n")
+        lines: list[bytes | bytearray] = [*data.split(b"\n")]
+        rest = lines.pop()
         if lines and self._line:
-            lines[0] = bytes(self._line + lines[0])
-            self._line.clear()
+            self._line += lines[0]
+            lines[0], self._line = self._line, bytearray()
         for line in lines:
             if line:
                 if len(line) > MAX_EVENT_BYTES:
@@ -364,13 +364,13 @@ class ReplyDecoder:
             # event has to wait for a blank line; the lines of any other are held until it is complete.
             if self._held:
                 self._hold(line[5:].removeprefix(" "))
-            elif rest := self._read_values(line[5:], deltas):
-                self._hold(rest.removeprefix(" "))
+            elif rest := self._read_values(line[5:].lstrip(), deltas):
+                self._hold(rest)
         elif line.startswith(":") or line.partition(":")[0] in ("event", "id", "retry"):
             pass
         elif line.lstrip().startswith(("{", "[", "<")):
             self._read_held(deltas)
-            if rest := self._read_values(line, deltas):
+            if rest := self._read_values(line.lstrip(), deltas):
                 self._document = True
                 self._hold(rest)
         elif _unknown_field(line):
@@ -385,9 +385,9 @@ class ReplyDecoder:
 
     def _read_held(self, deltas: list[str], cut: bool = False) -> None:
         """Read the event that a blank line, the next event, or the end of the reply has completed or cut off."""
-        held = self._held.decode()
+        held = self._held.decode().lstrip()
         self._held.clear()
-        if held.lstrip().startswith("<"):
+        if held.startswith("<"):
             raise web_page(held)
         if rest := self._read_values(held, deltas):
             if not cut:
@@ -396,9 +396,9 @@ class ReplyDecoder:
                 raise AutonomousError("the answer is incomplete: the reply ends within an event")
 
     def _read_values(self, text: str, deltas: list[str]) -> str:
-        """Read JSON values, one behind the other; return the rest, from the first that is not complete."""
-        end = 0
-        while not self.ended and end < len(text) and (start := _space(text, end).end()) < len(text):
+        """Read JSON values, one behind the other, the first at once; return the rest, from one that is not complete."""
+        start = 0
+        while start < len(text):
             try:
                 value, end = _decode_json(text, start)
             except (ValueError, RecursionError):
@@ -406,21 +406,23 @@ class ReplyDecoder:
                     return text[start:]
                 self._end_text(deltas)
                 self.ended = True
-            else:
-                self._read_value(value, text[start : min(end, start + 2 * MAX_EXCERPT)], deltas)
+                break
+            if not self._read_value(value, deltas):
+                raise not_understood(text[start : min(end, start + 2 * MAX_EXCERPT)])
+            start = end if end == len(text) else _space(text, end).end()
         return ""
 
-    def _read_value(self, chunk: Any, excerpt: str, deltas: list[str]) -> None:
-        """Read one chat-completion chunk, or a whole completion."""
+    def _read_value(self, chunk: Any, deltas: list[str]) -> bool:
+        """Read one chat-completion chunk, or a whole completion. False where it is of no known shape."""
         if not isinstance(chunk, dict):
-            raise not_understood(excerpt)
+            return False
         if chunk.get("error"):
             raise AutonomousError(f"the service reports an error: {quoted(error_words(chunk))}")
         choices, finish_reason, text = chunk.get("choices"), chunk.get("finish_reason"), None
         if choices:
             choice = choices[0] if isinstance(choices, list) else None
             if not isinstance(choice, dict):
-                raise not_understood(excerpt)
+                return False
             part = choice.get("delta")
             if part is None:
                 part = choice.get("message")
@@ -428,10 +430,10 @@ class ReplyDecoder:
             if part is not None:
                 text = part.get("content") if isinstance(part, dict) else part
                 if text is not None and not (isinstance(part, dict) and isinstance(text, str)):
-                    raise not_understood(excerpt)
+                    return False
             finish_reason = choice.get("finish_reason") or finish_reason
         elif "choices" not in chunk and not chunk.get("usage") and not finish_reason:
-            raise not_understood(excerpt)
+            return False
         self._understood = True
         if text and (self._surrogate or not text.isascii()):
             text = self._join_surrogates(text)
@@ -445,6 +447,7 @@ class ReplyDecoder:
             for key in ("id", "model", "created"):
                 if (value := chunk.get(key)) is not None:
                     self.envelope.setdefault(key, shallow(value))
+        return True
 
     def _join_surrogates(self, text: str) -> str:
         # A server that cuts its text by UTF-16 units sends half a character (an escape such as \ud83d) at the
@@ -497,13 +500,14 @@ class AutonomousError(llm.ModelError, click.ClickException):
         self.retry_after = retry_after
         self.outage = outage
 
-    def located(self, url: httpx.URL, attempts: int = 1) -> AutonomousError:
+    def located(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
         """The same error as the user is to see it: with the host it came from and the attempts made."""
         message = f"{url.netloc.decode()}: {self.message}"
         if attempts > 1:
             message += f" ({attempts} attempts)"
         if self.outage and url.host == urlsplit(BASE_URL).hostname:
-            message += ". The service is often down; `llm autonomous check` shows which models answer"
+            message += ". The service is often down"
+            message += "" if checking else "; `llm autonomous check` shows which models answer"
         return AutonomousError(message, retryable=self.retryable, retry_after=self.retry_after, outage=self.outage)
 
 
@@ -704,7 +708,8 @@ class Call:
         self.failure: Exception | None = None
         self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
         self.refusal_body = b""
-        self.deadline = math.inf  # to have read all that is still worth reading, by time.monotonic()
+        self.over = False  # nothing is left that is worth reading
+        self.deadline = 0.0  # to have read what still is, by time.monotonic(); 0 as long as there is none
         return self.request
 
     def open(self, reply: httpx.Response) -> None:
@@ -714,28 +719,27 @@ class Call:
         if not reply.is_success:
             self.refusal = reply
             self._hurry(ERROR_BODY_TIMEOUT)
+        self.encoded = encoding != "identity"
         if encoding not in ("identity", "gzip", "deflate"):
             # Not asked for; and encodings on top of each other unpack to more than memory holds.
             raise AutonomousError(f"the reply was not understood: its encoding is {quoted(encoding)}")
 
     def feed(self, data: bytes) -> str:
         """Take the next bytes of the reply; return the text in them."""
+        decoder = self.decoder
         if self.refusal:
             self.refusal_body += data[: MAX_PAGE_BYTES - len(self.refusal_body)]
-            return ""
-        text = "".join(self.decoder.feed(data))
-        if self.decoder.ended and self.deadline == math.inf:
-            # The reply is read to its end, which saves the connection for the next prompt; but its end comes at
-            # once, or is not worth waiting for.
-            self._hurry(DRAIN_TIMEOUT)
+            text = ""
+        else:
+            text = "".join(decoder.feed(data))
+            if decoder.ended and not self.deadline:
+                # The reply is read to its end, which saves the connection for the next prompt; but its end comes
+                # at once, or is not worth waiting for.
+                self._hurry(DRAIN_TIMEOUT)
+        if decoder.error or self.deadline:
+            full = len(self.refusal_body) == MAX_PAGE_BYTES
+            self.over = full or decoder.error is not None or time.monotonic() > self.deadline
         return text
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is left that is worth reading."""
-        if self.decoder.error or len(self.refusal_body) == MAX_PAGE_BYTES:
-            return True
-        return self.deadline < math.inf and time.monotonic() > self.deadline
 
     def _hurry(self, seconds: float) -> None:
         # httpx fixes the wait for bytes when it sends a request: only the stream below it can be told of a shorter
@@ -763,9 +767,10 @@ class Call:
             self._report()
             return None
         wait = None if self.decoder.answered else retry_wait(error, self.attempt, self.attempts)
+        located = error.located(self.url, self.attempt, checking=self.attempts == 1)
         if wait is None:
-            raise error.located(self.url, self.attempt) from self.failure
-        logger.info("%s; trying again in %.1f s", error.located(self.url, self.attempt), wait)
+            raise located from self.failure
+        logger.info("%s; trying again in %.1f s", located, wait)
         return wait
 
     def _report(self) -> None:
@@ -929,7 +934,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
             try:
                 with contextlib.closing(client.send(call.begin(), auth=call.auth, stream=True)) as reply:
                     call.open(reply)
-                    for data in reply.iter_bytes():
+                    for data in reply.iter_bytes() if call.encoded else reply.iter_raw():
                         if text := call.feed(data):
                             yield text
                         if call.over:
@@ -967,7 +972,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     reply = await client.send(call.begin(), auth=call.auth, stream=True)
                     async with contextlib.aclosing(reply):
                         call.open(reply)
-                        async for data in reply.aiter_bytes():
+                        async for data in reply.aiter_bytes() if call.encoded else reply.aiter_raw():
                             if text := call.feed(data):
                                 yield text
                             if call.over:
@@ -992,7 +997,11 @@ def register_commands(cli: click.Group) -> None:
 
 @click.group()
 def autonomous() -> None:
-    """Look after the models of Autonomous AI"""
+    """
+    See which models of Autonomous AI answer
+
+    To list them, with their aliases and options: llm models --options -q autonomous
+    """
 
 
 @autonomous.command()
@@ -1056,7 +1065,7 @@ async def _check(
             row["error"] = error.message
         except asyncio.TimeoutError:
             late = AutonomousError(f"no whole answer within {timeout:g} s", outage=True)
-            row["error"] = late.located(urls[service]).message
+            row["error"] = late.located(urls[service], checking=True).message
         if show:
             result = f"ok, {row['seconds']:.2f} s" if row["ok"] else row["error"]
             click.echo(f"{service.model_id:<{width}} : {service.endpoint:<11} : {result}")

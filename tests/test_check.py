@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from conftest import Start, finish, output_until
 from llm.cli import cli
 from loopback import ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
-from test_cli import Start, finish, output_until, start_fixture  # noqa: F401
 
 MODELS = [f"autonomous-{name}" for name in ENDPOINTS]
 
@@ -345,4 +345,4 @@ def test_the_help_of_the_command_says_what_a_user_needs() -> None:
 
 def test_llm_help_lists_the_group() -> None:
     """`llm --help` has a line for it."""
-    assert re.search(r"\n  autonomous +Look after the models", CliRunner().invoke(cli, ["--help"]).output)
+    assert re.search(r"\n  autonomous +See which models of Autonomous AI answer\n", CliRunner().invoke(cli, ["--help"]).output)

@@ -3,79 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import select
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loopback import BACKENDS, DONE, ENDPOINTS, Connection, Loopback, Request, delta, environment, event, say, speak
-from test_request import PNG
+from conftest import PNG, Start, finish, output_until
+from loopback import BACKENDS, DONE, ENDPOINTS, Connection, Loopback, Request, delta, event, say, speak
 
-NOWHERE = "http://127.0.0.1:1"
 REFUSED = "Error: 127.0.0.1:1: cannot connect: Connection refused (3 attempts)\n"
 LOOPBACK = [sys.executable, str(Path(__file__).with_name("loopback.py"))]
-DEADLINE = 60  # seconds, by which a command has ended unless it hangs
 
-Command = subprocess.Popen[str]
-Start = Callable[..., Command]
 Llm = Callable[..., str]
-
-
-@pytest.fixture(name="start")
-def start_fixture() -> Iterator[Start]:
-    """``start(*command, url=..., typed=...)`` starts a process; what is left of it goes with the test."""
-    processes: list[Command] = []
-
-    def start(
-        *command: str, url: str = NOWHERE, typed: str = "", stderr: int = subprocess.PIPE, **variables: str
-    ) -> Command:
-        settings = {**environment(url), **variables}
-        settings.pop("PYTHONUNBUFFERED", None)  # it would hide that a line is not flushed
-        process = subprocess.Popen(
-            command,
-            env=settings,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            encoding="utf-8",
-            start_new_session=True,  # so that a test can send Ctrl-C to all of it, as a terminal does
-        )
-        processes.append(process)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-            stdin.write(typed)
-        process.stdin = None
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def output_until(process: Command, end: str) -> str:
-    """What a command that is still running prints, up to ``end``."""
-    assert process.stdout is not None
-    printed = b""
-    while not printed.endswith(end.encode()):
-        ready, _, _ = select.select([process.stdout], [], [], DEADLINE)
-        data = os.read(process.stdout.fileno(), 1) if ready else b""
-        assert data, f"{printed!r} is all that was printed"
-        printed += data
-    return printed.decode()
-
-
-def finish(process: Command) -> tuple[str, str, int]:
-    """What a command said, what it complained of, and its exit code."""
-    stdout, stderr = process.communicate(timeout=DEADLINE)
-    return stdout, stderr, process.returncode
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import httpx
 import llm
 import pytest
 from click.testing import CliRunner
-from conftest import Ask
+from conftest import PNG, Ask
 from llm.cli import cli
 from llm.parts import (
     AttachmentPart,
@@ -37,9 +37,6 @@ from llm_autonomous import IMAGE_TYPES, AutonomousOptions, build_messages
 SERVICE = "https://chatgpt.autonomous.ai/api/v1/ai/"
 COMPLETION = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
 PNG_URL = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 
 
