@@ -398,7 +398,7 @@ class ReplyDecoder:
     def _read_values(self, text: str, deltas: list[str]) -> str:
         """Read JSON values, one behind the other, the first at once; return the rest, from one that is not complete."""
         start = 0
-        while start < len(text):
+        while start < len(text) and not self.ended:
             try:
                 value, end = _decode_json(text, start)
             except (ValueError, RecursionError):
@@ -406,10 +406,10 @@ class ReplyDecoder:
                     return text[start:]
                 self._end_text(deltas)
                 self.ended = True
-                break
-            if not self._read_value(value, deltas):
-                raise not_understood(text[start : min(end, start + 2 * MAX_EXCERPT)])
-            start = end if end == len(text) else _space(text, end).end()
+            else:
+                if not self._read_value(value, deltas):
+                    raise not_understood(text[start : min(end, start + 2 * MAX_EXCERPT)])
+                start = end if end == len(text) else _space(text, end).end()
         return ""
 
     def _read_value(self, chunk: Any, deltas: list[str]) -> bool:

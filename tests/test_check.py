@@ -345,4 +345,6 @@ def test_the_help_of_the_command_says_what_a_user_needs() -> None:
 
 def test_llm_help_lists_the_group() -> None:
     """`llm --help` has a line for it."""
-    assert re.search(r"\n  autonomous +See which models of Autonomous AI answer\n", CliRunner().invoke(cli, ["--help"]).output)
+    assert re.search(
+        r"\n  autonomous +See which models of Autonomous AI answer\n", CliRunner().invoke(cli, ["--help"]).output
+    )

@@ -392,6 +392,12 @@ def test_nothing_behind_done_counts(behind: bytes) -> None:
     assert Decoded(event("a") + DONE, behind, behind).text == "a"
 
 
+def test_bare_line_behind_a_held_done_is_no_text() -> None:
+    """``[DONE]`` counts from where it stands, even if it was read only when the next line came."""
+    held = chunk("a").replace("{", "{\n", 1).replace("\n", "\ndata: ")
+    assert Decoded(f"data: {held}\ndata: [DONE]\n{chunk('b')}\n".encode()).text == "a"
+
+
 def test_line_without_end_behind_done_is_not_held() -> None:
     """Behind ``[DONE]`` no bound can be met, since nothing is kept."""
     decoded = Decoded(event("a") + DONE, *[b"x" * MIB] * 17)
