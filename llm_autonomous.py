@@ -1025,7 +1025,7 @@ def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, 
     if not 0 < timeout <= MAX_TIMEOUT:
         raise click.BadParameter("must be more than 0, and at most a day", param_hint="'--timeout'")
     try:
-        models = [llm.get_async_model(model_id) for model_id in model_ids or [s.model_id for s in SERVICE_MODELS]]
+        models = [llm.get_async_model(model_id) for model_id in model_ids]
         settings = AutonomousOptions.model_validate({"timeout": MAX_TIMEOUT, **dict(options)})
     except llm.UnknownModelError as error:
         raise click.ClickException(error.args[0]) from None
@@ -1034,7 +1034,7 @@ def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, 
     services = [model.service for model in models if isinstance(model, AsyncAutonomous)]
     if len(services) < len(models):
         raise click.ClickException("only the models of Autonomous AI can be checked: llm models -q autonomous")
-    rows = asyncio.run(_check(services, timeout, settings.model_dump(), show=not as_json))
+    rows = asyncio.run(_check(services or [*SERVICE_MODELS], timeout, settings.model_dump(), show=not as_json))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     if not all(row["ok"] for row in rows):

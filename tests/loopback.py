@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Written out again from the protocol, so that the tests do not take the plugin's word for it.
 ENDPOINTS = {
@@ -225,22 +229,15 @@ def say(pieces: Iterable[bytes], pause: float = 0.0, **head: Any) -> Answer:
     return answer
 
 
-class Loopback:
-    """The server, in a thread of its own: ``with Loopback() as server: ... server.url``."""
+class Server:
+    """A server on 127.0.0.1 in a thread of its own, for the length of a ``with``; its kinds say how to `converse`."""
 
-    def __init__(self, answer: Answer | None = None, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
-        self.answer = answer or speak()  # for every request
-        self.answers: deque[Answer] = deque()  # one for each of the next requests, before that
-        self.requests: list[Request] = []
-        self.connections = 0  # accepted so far
-        self.open: set[int] = set()  # those that are open now, by number
-        self.errors: list[BaseException] = []
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._tls = tls
-        self._port = port
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
-    def __enter__(self) -> Loopback:
+    def __enter__(self) -> Self:
         self._thread.start()
         self._ready.wait()
         return self
@@ -248,22 +245,12 @@ class Loopback:
     def __exit__(self, *exception: object) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
-        if self.errors:
-            raise self.errors[0]
-
-    @property
-    def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
-
-    @property
-    def last(self) -> Request:
-        return self.requests[-1]
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        server = await asyncio.start_server(self._accept, "127.0.0.1", self._port, ssl=self._tls, backlog=2048)
+        server = await asyncio.start_server(self._accept, "127.0.0.1", ssl=self._tls, backlog=2048)
         self.port: int = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stopping.wait()
@@ -276,6 +263,46 @@ class Loopback:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        try:
+            with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
+                await self.converse(reader, writer)
+        finally:
+            writer.close()
+            if self._tls:  # would wait for the client's goodbye, which a loop that ends does not
+                writer.transport.abort()
+            self._tasks.discard(task)
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection to its end."""
+        raise NotImplementedError
+
+
+class Loopback(Server):
+    """The server of the wire format: ``with Loopback() as server: ... server.url``."""
+
+    def __init__(self, answer: Answer | None = None, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(tls)
+        self.answer = answer or speak()  # for every request
+        self.answers: deque[Answer] = deque()  # one for each of the next requests, before that
+        self.requests: list[Request] = []
+        self.connections = 0  # accepted so far
+        self.open: set[int] = set()  # those that are open now, by number
+        self.errors: list[BaseException] = []
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__()
+        if self.errors:
+            raise self.errors[0]
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def last(self) -> Request:
+        return self.requests[-1]
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         number = self.connections
         self.open.add(number)
@@ -295,14 +322,12 @@ class Loopback:
                     answering.result()
                 if client_left or connection.dropped:
                     break
-        except (ConnectionError, ssl.SSLError, asyncio.CancelledError):
+        except OSError:  # the connection broke, in TLS or below it
             pass
         except Exception as error:
             self.errors.append(error)
         finally:
-            writer.close()
             self.open.discard(number)
-            self._tasks.discard(task)
 
     async def _gone(self, reader: asyncio.StreamReader) -> None:
         """Ends when the client has closed its end; the client sends nothing before the reply is over."""

@@ -13,13 +13,12 @@ import ssl
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loopback import Loopback
+from loopback import Loopback, Server
 
 TESTS = Path(__file__).parent
 PEM = TESTS / "loopback.pem"
@@ -37,10 +36,6 @@ class TlsLoopback(Loopback):
 
     def __init__(self) -> None:
         super().__init__(tls=tls())
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await super()._accept(reader, writer)
-        writer.transport.abort()  # TLS would wait for the client's goodbye, which a loop that ends does not
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> bool:
@@ -70,26 +65,15 @@ def free_port() -> int:
         return port
 
 
-class Proxy:
+class Proxy(Server):
     """A proxy in a thread of its own: HTTP (forwarding and CONNECT) or SOCKS5, with or without a password."""
 
     def __init__(self, scheme: str = "http", refusal: str | None = None, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(tls)
         self.scheme = scheme
         self.refusal = refusal  # what an HTTP proxy answers instead of connecting, such as "403 Forbidden"
         self.targets: list[str] = []  # host:port of each connection it was asked for
         self.credentials: set[str] = set()  # each user:password it was given
-        self._tls = tls
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-
-    def __enter__(self) -> Proxy:
-        self._thread.start()
-        self._ready.wait()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
 
     @property
     def url(self) -> str:
@@ -98,31 +82,8 @@ class Proxy:
     def url_for(self, credentials: str) -> str:
         return f"{self.scheme}://{credentials}@127.0.0.1:{self.port}"
 
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopping = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
-        self.port: int = server.sockets[0].getsockname()[1]
-        self._ready.set()
-        await self._stopping.wait()
-        server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
-                await (self._socks(reader, writer) if self.scheme.startswith("socks5") else self._http(reader, writer))
-        finally:
-            writer.close()
-            if self._tls:
-                writer.transport.abort()
-            self._tasks.discard(task)
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await (self._socks(reader, writer) if self.scheme.startswith("socks5") else self._http(reader, writer))
 
     async def _http(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
