@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import llm
 import pytest
-from conftest import Ask, ask_async, ask_sync
+from conftest import Ask, ask_async, ask_sync, get_async_model
 from loopback import DONE, Connection, Loopback, Request, delta, event, say, speak
 from proxies import PEM, TESTS, Proxy, TlsLoopback, free_port, run_python, tls, until
 
@@ -256,8 +256,8 @@ def test_loops_in_different_threads(server: Loopback) -> None:
 import asyncio, sys, threading, llm
 sys.setswitchinterval(1e-6)
 failures = []
+model = llm.get_async_model("autonomous-llama")
 async def ask(words):
-    model = llm.get_async_model("autonomous-llama")
     for answer in await asyncio.gather(*(model.prompt(words).text() for _ in range(2))):
         assert words in answer, answer
 def run(number):
@@ -515,12 +515,12 @@ def test_reader_that_stops_early_frees_its_connection(stop: Callable[[], None], 
 
 
 async def break_async() -> None:
-    async for _ in llm.get_async_model("autonomous-llama").prompt("hi"):
+    async for _ in get_async_model("autonomous-llama").prompt("hi"):
         break
 
 
 async def close_async() -> None:
-    model = llm.get_async_model("autonomous-llama")
+    model = get_async_model("autonomous-llama")
     response = model.prompt("hi")
     chunks = model.execute(response.prompt, True, response, None)
     await anext(chunks)
@@ -528,7 +528,7 @@ async def close_async() -> None:
 
 
 async def cancel() -> None:
-    response = llm.get_async_model("autonomous-llama").prompt("hi")
+    response = get_async_model("autonomous-llama").prompt("hi")
     first = asyncio.Event()
 
     async def read() -> None:
@@ -543,7 +543,7 @@ async def cancel() -> None:
 
 
 async def time_out() -> None:
-    response = llm.get_async_model("autonomous-llama").prompt("hi")
+    response = get_async_model("autonomous-llama").prompt("hi")
     await anext(response)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(anext(response), 0.05)
