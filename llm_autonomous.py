@@ -58,6 +58,7 @@ DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
 CONNECT_TIMEOUT = 10.0  # seconds to connect, at most
 DRAIN_TIMEOUT = 0.5  # seconds to wait for the end of a reply whose answer is already known
+FINISH_TIMEOUT = 3.0  # seconds to wait, behind a finish reason, for the usage and the end
 ERROR_BODY_TIMEOUT = 5.0  # seconds to wait for the body of a reply whose status is an error
 KEEPALIVE = 60.0  # seconds an idle connection is kept for the next prompt
 POOL_SIZE = 32  # concurrent async prompts per connection pool
@@ -67,6 +68,15 @@ BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, give or tak
 JITTER = 0.25  # as a fraction of the wait
 MAX_RETRY_AFTER = 10.0  # seconds; a server that asks for more gets no further attempt
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+
+USUAL_FINISH_REASONS = re.compile(
+    "stop(ped|_token|_sequence)?|eos(_token)?|eot|end(_turn|_of_turn)?|completed?|done|finish(ed)?|success"
+    "|tool_calls?|tool_use|function_call",
+    re.IGNORECASE,
+)
+NO_FINISH_REASON = re.compile("(null|none|undefined)?", re.IGNORECASE)
+# The content codings of HTTP, as IANA registers them. Servers also write words there that name none, such as utf-8.
+CODINGS = re.compile(r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b", re.IGNORECASE)
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body or a web page
@@ -145,17 +155,19 @@ class AutonomousOptions(llm.Options):
     def check_proxy(cls, proxy: str | None) -> str | None:
         if proxy is None:
             return None
-        try:
-            parts = urlsplit(proxy)
-            usable = parts.scheme in ("http", "https", "socks5", "socks5h") and bool(parts.hostname)
-            _ = parts.port  # raises on what is no port number
-        except ValueError:
-            usable = False
         if "@" in proxy:
             raise ValueError("a proxy with a user name or password would be logged: set HTTPS_PROXY instead")
-        if not usable:
+        if not is_proxy_url(proxy):
             raise ValueError("must be an http://, https://, socks5:// or socks5h:// URL with a host")
         return proxy
+
+
+def is_proxy_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.port != 0 and parts.scheme in ("http", "https", "socks5", "socks5h") and bool(parts.hostname)
+    except ValueError:  # among them what is no port number
+        return False
 
 
 def build_messages(messages: list[llm.Message], image_types: frozenset[str]) -> list[dict[str, Any]]:
@@ -265,62 +277,47 @@ def endpoint_url(endpoint: str) -> httpx.URL:
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
 
 
-# How the reply is read
+# How the reply is read: machines in a row, none of which does I/O
 
 
-class ReplyDecoder:
-    """Bytes of a reply in, deltas (pieces of text) out. No I/O; streamed or whole, whatever the content type.
+class Framing:
+    """Bytes of a reply in, JSON values out; knows no key of any of them. Streamed or whole, whatever the content type.
 
     Reads event streams by the WHATWG rules (https://html.spec.whatwg.org/multipage/server-sent-events.html)
-    and, as PROTOCOL.md asks, ``data:`` lines without blank lines between them, bare JSON lines, and a whole
-    JSON completion. `feed` and `close` give the deltas in order, the same for every way the bytes can be cut,
-    at a cost of O(n) in the bytes seen. They never raise: what cannot be read ends up in `error`, behind the
-    deltas that came before it. From one `feed` to the next at most `MAX_EVENT_BYTES` are held.
+    and, as PROTOCOL.md asks, ``data:`` lines without blank lines between them, bare JSON lines, and one JSON value
+    in many lines. `feed` and `close` give the values in order, the same for every way the bytes can be cut, at a cost
+    of O(n) in the bytes seen. They never raise: what cannot be read ends up in `error`, behind the values that came
+    before it. From one `feed` to the next at most `MAX_EVENT_BYTES` are held.
     """
 
     def __init__(self) -> None:
-        self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, as far as sent
-        self.answered = False  # some text has come
         self.ended = False  # [DONE] has come: nothing behind it counts
         self.error: AutonomousError | None = None
-        self._whole = False  # a completion has come in one piece, which needs no [DONE]
-        self._understood = False  # something of a known shape has come
-        self._stray = ""  # the first line of an unknown field
+        self.stray = ""  # the first line of an unknown field
+        self.cut_off = ""  # the start of a value that the end of the reply cut off
         self._first = True  # no line has been read yet
         self._skip_newline = False  # a CR ended the last feed: an LF at the start of the next belongs to it
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
         self._document = False  # what is held goes on to the end of the reply: a web page, or JSON in many lines
-        self._surrogate = ""  # the first half of a character that was cut in two deltas
 
-    @property
-    def complete(self) -> bool:
-        """Whether the answer is whole: what the connection does from here on does not matter."""
-        return self.ended or self._whole or "finish_reason" in self.envelope
-
-    def feed(self, data: bytes, end: bool = False) -> list[str]:
-        """The deltas that ``data``, the next bytes of the reply, or its end completes."""
-        deltas: list[str] = []
+    def feed(self, data: bytes, end: bool = False) -> list[Any]:
+        """The values that ``data``, the next bytes of the reply, or its end completes."""
+        values: list[Any] = []
         if self.error is None and not self.ended:
             try:
-                self._read_bytes(data, deltas)
+                self._read_bytes(data, values)
                 if end:
-                    self._read_end(deltas)
+                    self._read_end(values)
             except AutonomousError as error:
                 self.error = error
-            if deltas:
-                self.answered = True
-        return deltas
+        return values
 
-    def close(self) -> list[str]:
-        """The deltas that the end of the reply completes: the last event may come without its blank line."""
-        deltas = self.feed(b"", end=True)
-        if not self.answered and self.error is None:
-            lost = "" if self._understood or self.ended else self._stray
-            self.error = not_understood(lost) if lost else empty(self.envelope.get("finish_reason"))
-        return deltas
+    def close(self) -> list[Any]:
+        """The values that the end of the reply completes: the last event may come without its blank line."""
+        return self.feed(b"", end=True)
 
-    def _read_bytes(self, data: bytes, deltas: list[str]) -> None:
+    def _read_bytes(self, data: bytes, values: list[Any]) -> None:
         # Lines end at CRLF, LF or CR and nowhere else: U+2028 and its like are text, so no splitlines here.
         if self._skip_newline and data:
             self._skip_newline = False
@@ -337,23 +334,22 @@ class ReplyDecoder:
             if line:
                 if len(line) > MAX_EVENT_BYTES:
                     raise too_large()
-                self._read_line(line.decode("utf-8", "replace"), deltas)
+                self._read_line(line.decode("utf-8", "replace"), values)
                 if self.ended:
                     return
             elif self._held and not self._document:
-                self._read_held(deltas)
+                self._read_held(values)
         self._line += rest
         if len(self._line) > MAX_EVENT_BYTES:
             raise too_large()
 
-    def _read_end(self, deltas: list[str]) -> None:
+    def _read_end(self, values: list[Any]) -> None:
         last_line = self._line.decode("utf-8", "replace")
         if last_line:
-            self._read_line(last_line, deltas)
-        self._read_held(deltas, cut=bool(last_line and (self.answered or deltas)))
-        self._end_text(deltas)
+            self._read_line(last_line, values)
+        self._read_held(values, cut=bool(last_line))
 
-    def _read_line(self, line: str, deltas: list[str]) -> None:
+    def _read_line(self, line: str, values: list[Any]) -> None:
         if self._first:
             self._first = False
             line = line.removeprefix("\ufeff")
@@ -364,17 +360,17 @@ class ReplyDecoder:
             # event has to wait for a blank line; the lines of any other are held until it is complete.
             if self._held:
                 self._hold(line[5:].removeprefix(" "))
-            elif rest := self._read_values(line[5:].lstrip(), deltas):
+            elif rest := self._read_values(line[5:].lstrip(), values):
                 self._hold(rest)
         elif line.startswith(":") or line.partition(":")[0] in ("event", "id", "retry"):
             pass
         elif line.lstrip().startswith(("{", "[", "<")):
-            self._read_held(deltas)
-            if rest := self._read_values(line.lstrip(), deltas):
+            self._read_held(values)
+            if rest := self._read_values(line.lstrip(), values):
                 self._document = True
                 self._hold(rest)
         elif _unknown_field(line):
-            self._stray = self._stray or line
+            self.stray = self.stray or line
         else:
             raise not_understood(line)
 
@@ -383,19 +379,18 @@ class ReplyDecoder:
         if len(self._held) > MAX_EVENT_BYTES:
             raise too_large()
 
-    def _read_held(self, deltas: list[str], cut: bool = False) -> None:
+    def _read_held(self, values: list[Any], cut: bool = False) -> None:
         """Read the event that a blank line, the next event, or the end of the reply has completed or cut off."""
         held = self._held.decode().lstrip()
         self._held.clear()
         if held.startswith("<"):
             raise web_page(held)
-        if rest := self._read_values(held, deltas):
+        if rest := self._read_values(held, values):
             if not cut:
                 raise not_understood(rest)
-            if not self.complete:
-                raise AutonomousError("the answer is incomplete: the reply ends within an event")
+            self.cut_off = rest
 
-    def _read_values(self, text: str, deltas: list[str]) -> str:
+    def _read_values(self, text: str, values: list[Any]) -> str:
         """Read JSON values, one behind the other, the first at once; return the rest, from one that is not complete."""
         start = 0
         while start < len(text) and not self.ended:
@@ -404,63 +399,11 @@ class ReplyDecoder:
             except (ValueError, RecursionError):
                 if not text.startswith("[DONE]", start):
                     return text[start:]
-                self._end_text(deltas)
                 self.ended = True
             else:
-                if not self._read_value(value, deltas):
-                    raise not_understood(text[start : min(end, start + 2 * MAX_EXCERPT)])
+                values.append(value)
                 start = end if end == len(text) else _space(text, end).end()
         return ""
-
-    def _read_value(self, chunk: Any, deltas: list[str]) -> bool:
-        """Read one chat-completion chunk, or a whole completion. False where it is of no known shape."""
-        if not isinstance(chunk, dict):
-            return False
-        if chunk.get("error"):
-            raise AutonomousError(f"the service reports an error: {quoted(error_words(chunk))}")
-        choices, finish_reason, text = chunk.get("choices"), chunk.get("finish_reason"), None
-        if choices:
-            choice = choices[0] if isinstance(choices, list) else None
-            if not isinstance(choice, dict):
-                return False
-            part = choice.get("delta")
-            if part is None:
-                part = choice.get("message")
-                self._whole = self._whole or part is not None
-            if part is not None:
-                text = part.get("content") if isinstance(part, dict) else part
-                if text is not None and not (isinstance(part, dict) and isinstance(text, str)):
-                    return False
-            finish_reason = choice.get("finish_reason") or finish_reason
-        elif "choices" not in chunk and not chunk.get("usage") and not finish_reason:
-            return False
-        self._understood = True
-        if text and (self._surrogate or not text.isascii()):
-            text = self._join_surrogates(text)
-        if text:
-            deltas.append(text)
-        if finish_reason:
-            self.envelope["finish_reason"] = shallow(finish_reason)
-        if usage := chunk.get("usage"):
-            self.envelope["usage"] = shallow(usage)
-        if "model" not in self.envelope or "id" not in self.envelope:
-            for key in ("id", "model", "created"):
-                if (value := chunk.get(key)) is not None:
-                    self.envelope.setdefault(key, shallow(value))
-        return True
-
-    def _join_surrogates(self, text: str) -> str:
-        # A server that cuts its text by UTF-16 units sends half a character (an escape such as \ud83d) at the
-        # end of one delta and half at the start of the next. Alone, neither can be printed or stored.
-        text = self._surrogate + text
-        self._surrogate = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
-        text = text[: len(text) - len(self._surrogate)]
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-    def _end_text(self, deltas: list[str]) -> None:
-        if self._surrogate:
-            self._surrogate = ""
-            deltas.append("\ufffd")
 
 
 _decode_json = json.JSONDecoder(strict=False).raw_decode
@@ -469,8 +412,136 @@ _space: Callable[..., re.Match[str]] = re.compile(r"\s*").match  # type: ignore[
 _unknown_field = re.compile(r"\s*|[\w-]+(:.*)?", re.ASCII | re.DOTALL).fullmatch
 
 
+class Completion:
+    """The values of a reply in, its text out: what chat-completion chunks mean, or a whole completion."""
+
+    def __init__(self) -> None:
+        self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, as far as sent
+        self.understood = False  # something of a known shape has come
+        self.answered = False  # some text has come
+        self.whole = False  # and by what was said of it, all of it: a finish reason, or a completion in one piece
+        self._index: Any = None  # of the choice whose text this is
+        self._surrogate = ""  # the first half of a character that was cut in two chunks
+
+    def read(self, chunk: Any) -> str:
+        """The text of a chunk or a whole completion; raises what it reports, or that it is of no known shape."""
+        if not isinstance(chunk, dict):
+            raise not_understood(as_json(chunk))
+        if chunk.get("error"):
+            raise AutonomousError(f"the service reports an error: {quoted(error_words(chunk))}")
+        choices, reason, text, whole = chunk.get("choices"), chunk.get("finish_reason"), None, False
+        if choices:
+            choice = choices[0] if isinstance(choices, list) else None
+            if not isinstance(choice, dict):
+                raise not_understood(as_json(chunk))
+            if len(choices) > 1 or choice.get("index") != self._index:
+                choice = self._pick(choices)
+            part = choice.get("delta")
+            if part is None:
+                part = choice.get("message")
+                whole = part is not None
+            text = part.get("content") if isinstance(part, dict) else part
+            if not text and isinstance(part, (dict, type(None))):
+                text = (part or choice).get("refusal") or choice.get("text") or text
+            if text is not None and not (isinstance(text, str) and isinstance(part, (dict, type(None)))):
+                raise not_understood(as_json(chunk))
+            if text and self._index is None:
+                self._index = choice.get("index") or 0
+            reason = choice.get("finish_reason") or reason
+        elif "choices" not in chunk and not chunk.get("usage") and not reason:
+            raise not_understood(as_json(chunk))
+        self.understood = True
+        if text:
+            self.answered, self.whole = True, False
+            if self._surrogate or not text.isascii():
+                text = self._join_surrogates(text)
+        if reason and not (isinstance(reason, str) and NO_FINISH_REASON.fullmatch(reason.strip())):
+            self.envelope["finish_reason"] = shallow(reason)
+            whole = True
+        self.whole = self.whole or whole
+        if usage := chunk.get("usage"):
+            self.envelope["usage"] = shallow(usage)
+        if "model" not in self.envelope or "id" not in self.envelope:
+            for key in ("id", "model", "created"):
+                if (value := chunk.get(key)) is not None:
+                    self.envelope.setdefault(key, shallow(value))
+        return text or ""
+
+    def _pick(self, choices: list[Any]) -> dict[str, Any]:
+        # One choice is asked for. A server that sends more interleaves them: only the first is the answer.
+        wanted = (None, self._index or 0)
+        mine = [choice for choice in choices if isinstance(choice, dict) and choice.get("index") in wanted]
+        return mine[0] if mine else choices[0] if self._index is None else {}
+
+    def _join_surrogates(self, text: str) -> str:
+        # A server that cuts its text by UTF-16 units sends half a character (an escape such as \ud83d) at the
+        # end of one chunk and half at the start of the next. Alone, neither can be printed or stored.
+        text = self._surrogate + text
+        self._surrogate = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
+        text = text[: len(text) - len(self._surrogate)]
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+    def close(self) -> str:
+        """The text that the end of the reply completes."""
+        text, self._surrogate = "\ufffd" if self._surrogate else "", ""
+        return text
+
+
+class Reply:
+    """The machines of one reply in a row: bytes in, the pieces of the answer out, and in `error` what is wrong with it.
+
+    What came before an error is given before it. Neither `feed` nor `close` raises.
+    """
+
+    def __init__(self) -> None:
+        self.framing = Framing()
+        self.completion = Completion()
+        self.error: AutonomousError | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the answer has come: what the connection does from here on does not matter."""
+        return self.framing.ended or self.completion.whole
+
+    def feed(self, data: bytes) -> list[str]:
+        """The pieces that ``data``, the next bytes of the reply, completes."""
+        return self._read(self.framing.feed(data))
+
+    def close(self) -> list[str]:
+        """The pieces that the end of the reply completes."""
+        framing, completion = self.framing, self.completion
+        pieces = self._read(framing.close(), end=True)
+        if self.error is None and framing.cut_off and not self.whole:
+            cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
+            self.error = cut_off if completion.answered else not_understood(framing.cut_off)
+        elif self.error is None and not completion.answered:
+            lost = "" if completion.understood or framing.ended else framing.stray
+            self.error = not_understood(lost) if lost else empty(completion.envelope.get("finish_reason"))
+        return pieces
+
+    def _read(self, values: list[Any], end: bool = False) -> list[str]:
+        pieces: list[str] = []
+        if self.error is None:
+            try:
+                for value in values:
+                    if text := self.completion.read(value):
+                        pieces.append(text)
+                if self.framing.error:
+                    raise self.framing.error
+                if (end or self.framing.ended) and (text := self.completion.close()):
+                    pieces.append(text)
+            except AutonomousError as error:
+                self.error = error
+        return pieces
+
+
+def as_json(value: Any) -> str:
+    """A JSON value as text, without what is nested so deep that Python could not write it again."""
+    return json.dumps(shallow(value, 20), ensure_ascii=False)
+
+
 def shallow(value: Any, depth: int = 3) -> Any:
-    """A JSON value without what is nested deeper than anything here should be: Python could not write it again."""
+    """A JSON value without what is nested deeper than anything here should be."""
     if isinstance(value, (dict, list)) and depth == 0:
         return None
     if isinstance(value, dict):
@@ -542,15 +613,17 @@ def web_page(page: str, status: str = "") -> AutonomousError:
 
 
 def error_words(body: object) -> str:
-    """The message out of an error body, in any of the forms of PROTOCOL.md."""
-    if isinstance(body, dict):
-        for key in ("error", "message", "detail"):
-            words = body.get(key)
-            if isinstance(words, dict):
-                words = words.get("message") or words
-            if words and not isinstance(words, bool):
-                return words if isinstance(words, str) else json.dumps(shallow(words))
-    return body if isinstance(body, str) else json.dumps(shallow(body))
+    """The message out of an error body, in any of the forms of PROTOCOL.md, or in several that say different things."""
+    found: list[str] = []
+    for value in map(body.get, ("error", "message", "detail")) if isinstance(body, dict) else ():
+        words = (value.get("message") or value) if isinstance(value, dict) else value
+        if isinstance(words, list) and all(isinstance(word, str) for word in words):
+            words = "; ".join(words)
+        if words and not isinstance(words, (str, bool)) and not found:
+            return as_json(words)
+        if isinstance(words, str) and not any(words in known for known in found):
+            found = [known for known in found if known not in words] + [words]
+    return ": ".join(found) or (body if isinstance(body, str) else as_json(body))
 
 
 def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
@@ -663,20 +736,14 @@ def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | N
     return BACKOFF[attempt - 1] * random.uniform(1 - JITTER, 1 + JITTER)
 
 
-class Silence(float):
-    """Seconds that one call waits for bytes, in an object that is no other call's."""
-
-
 class Call:
-    """One prompt on its way: its request, its attempts, and the reply as far as it has come. No I/O.
+    """One prompt: what is asked, made once, and what comes of its attempts. No I/O.
 
-    The loops of `Autonomous` and `AsyncAutonomous` go through it alike, for each attempt: `begin`, `open`, `feed`
-    until `over`, `close`, and `outcome`, which says whether there is to be another.
+    The loops of `Autonomous` and `AsyncAutonomous` go through its attempts alike: `begin` makes the first, and `settle`
+    says after each what is to follow.
     """
 
     def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any) -> None:
-        import httpx
-
         service, options = model.service, cast(AutonomousOptions, prompt.options)
         messages = build_messages(prompt.messages, service.attachment_types)
         last = messages[-1]["content"] if messages and messages[-1]["role"] == "user" else ""
@@ -685,97 +752,34 @@ class Call:
         url = endpoint_url(service.endpoint)
         self.auth = (url.username, url.password) if url.userinfo else None
         self.url = url.copy_with(userinfo=b"")  # httpx logs it: without user name and password
+        self.body = build_body(service, messages, stream)
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
-        self.silence = Silence(self.timeout)
-        limits = httpx.Timeout(self.silence, connect=min(self.timeout, CONNECT_TIMEOUT), pool=None)
-        self.request = httpx.Request(
-            "POST",
-            self.url,
-            headers=build_headers(),
-            content=build_body(service, messages, stream),
-            extensions={"timeout": limits.as_dict()},
-        )
-        self.attempt, self.attempts = 0, model.attempts
+        self.model = model
         # Only a weak reference: an async response keeps the generator that keeps this, and such a circle would leave
         # the connection of a reader that stops early to the garbage collector.
         self.response: Any = weakref.proxy(response)
 
-    def begin(self) -> httpx.Request:
-        """Begin an attempt."""
-        self.attempt += 1
-        self.decoder = ReplyDecoder()
-        self.failure: Exception | None = None
-        self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
-        self.refusal_body = b""
-        self.over = False  # nothing is left that is worth reading
-        self.deadline = 0.0  # to have read what still is, by time.monotonic(); 0 as long as there is none
-        return self.request
+    def begin(self, number: int = 1, wait: float = 0.0) -> Attempt:
+        return self.model.attempt_type(self, number, wait)
 
-    def open(self, reply: httpx.Response) -> None:
-        """Take the head of the reply."""
-        self.network_stream = reply.extensions.get("network_stream")
-        encoding = reply.headers.get("content-encoding", "identity").lower()
-        if not reply.is_success:
-            self.refusal = reply
-            self._hurry(ERROR_BODY_TIMEOUT)
-        self.encoded = encoding != "identity"
-        if encoding not in ("identity", "gzip", "deflate"):
-            # Not asked for; and encodings on top of each other unpack to more than memory holds.
-            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(encoding)}")
-
-    def feed(self, data: bytes) -> str:
-        """Take the next bytes of the reply; return the text in them."""
-        decoder = self.decoder
-        if self.refusal:
-            self.refusal_body += data[: MAX_PAGE_BYTES - len(self.refusal_body)]
-            text = ""
-        else:
-            text = "".join(decoder.feed(data))
-            if decoder.ended and not self.deadline:
-                # The reply is read to its end, which saves the connection for the next prompt; but its end comes
-                # at once, or is not worth waiting for.
-                self._hurry(DRAIN_TIMEOUT)
-        if decoder.error or self.deadline:
-            full = len(self.refusal_body) == MAX_PAGE_BYTES
-            self.over = full or decoder.error is not None or time.monotonic() > self.deadline
-        return text
-
-    def _hurry(self, seconds: float) -> None:
-        # httpx fixes the wait for bytes when it sends a request: only the stream below it can be told of a shorter
-        # one. A moment after the end of this reply the stream may serve another prompt, even in another thread, so
-        # it is told whose wait that is, and may then keep it.
-        self.deadline = time.monotonic() + seconds
-        if stream := self.network_stream:
-            own, read = self.silence, type(stream).read
-            stream.read = lambda size, timeout=None: read(stream, size, seconds if timeout is own else timeout)
-
-    def close(self, failure: Exception | None) -> str:
-        """Take the end of the reply, or the exception that cut it off; return the text that it completes."""
-        decoder = self.decoder
-        if self.refusal:
-            decoder.error = status_error(self.refusal, self.refusal_body)
-        elif failure and not decoder.complete and not decoder.error:
-            self.failure = failure
-            decoder.error = transport_error(failure, decoder.answered, self.timeout)
-        return "".join(decoder.close())
-
-    def outcome(self) -> float | None:
-        """None for a whole answer, seconds to wait before another attempt; else the error, raised."""
-        error = self.decoder.error
+    def settle(self, attempt: Attempt) -> Attempt | None:
+        """The attempt that is to follow, after its `wait`; None behind a whole answer; else the error, raised."""
+        error = attempt.reply.error
         if error is None:
-            self._report()
+            self._report(attempt.reply)
             return None
-        wait = None if self.decoder.answered else retry_wait(error, self.attempt, self.attempts)
-        located = error.located(self.url, self.attempt, checking=self.attempts == 1)
+        attempts = self.model.attempts
+        wait = None if attempt.yielded else retry_wait(error, attempt.number, attempts)
+        located = error.located(self.url, attempt.number, checking=attempts == 1)
         if wait is None:
-            raise located from self.failure
+            raise located from attempt.failure
         logger.info("%s; trying again in %.1f s", located, wait)
-        return wait
+        return self.begin(attempt.number + 1, wait)
 
-    def _report(self) -> None:
+    def _report(self, reply: Reply) -> None:
         """Tell `llm` what came beside the text, and the user if the answer may be cut short."""
-        envelope = self.decoder.envelope
+        envelope = reply.completion.envelope
         keys = ("id", "model", "created", "finish_reason", "usage")
         self.response.response_json = {key: envelope[key] for key in keys if key in envelope}
         if isinstance(model := envelope.get("model"), str):
@@ -786,10 +790,94 @@ class Call:
             sent, received = (n if isinstance(n, int) and 0 <= n < 2**63 else None for n in counts)
             details = {key: usage[key] for key in usage if key.endswith("_details")}
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
-        if envelope.get("finish_reason") == "length":
-            logger.warning("the answer may be cut short: it reached the model's limit (finish reason: length)")
-        elif not self.decoder.complete:
+        reason = quoted(str(envelope.get("finish_reason", "stop")))
+        if not USUAL_FINISH_REASONS.fullmatch(reason):
+            limit = ": it reached the model's limit" if reason in ("length", "max_tokens") else ""
+            logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
+        elif not reply.whole:
             logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
+
+
+class Attempt:
+    """One try at a `Call`: its request, and its reply as far as it has come. No I/O; the next has one of its own.
+
+    A loop gives it the head of the reply (`open`), the bytes (`feed`) until it is `over`, what cut the reply off if
+    anything did (`failure`), and its end (`close`).
+    """
+
+    def __init__(self, call: Call, number: int, wait: float) -> None:
+        import httpx
+
+        self.call = call
+        self.number = number  # from 1
+        self.wait = wait  # seconds before it
+        limits = httpx.Timeout(call.timeout, connect=min(call.timeout, CONNECT_TIMEOUT), pool=None)
+        extensions = {"timeout": limits.as_dict()}
+        self.request = httpx.Request(
+            "POST", call.url, headers=build_headers(), content=call.body, extensions=extensions
+        )
+        self.reply = Reply()
+        self.yielded = False  # some of the answer has gone out
+        self.failure: Exception | None = None
+        self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
+        self.refusal_body = b""
+        self.coding = ""  # what the reply is compressed with
+        self.patience = call.timeout  # seconds to wait for the next bytes
+        self.deadline = 0.0  # by time.monotonic(), for what a shorter patience waits for
+        self.over = False  # nothing is left that is worth reading
+
+    def open(self, head: httpx.Response) -> None:
+        """Take the head of the reply."""
+        if not head.is_success:
+            self.refusal = head
+            self._hurry(ERROR_BODY_TIMEOUT)
+        named = head.headers.get("content-encoding", "")
+        codings = [found[0].lower().removeprefix("x-") for found in CODINGS.finditer(named)]
+        if codings not in ([], ["gzip"], ["deflate"]):
+            # Not asked for; and encodings on top of each other unpack to more than memory holds.
+            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
+        self.coding = "".join(codings)
+
+    def feed(self, data: bytes) -> list[str]:
+        """Take the next bytes of the reply; return the pieces of the answer in them."""
+        if self.refusal:
+            self.refusal_body += data[: MAX_PAGE_BYTES - len(self.refusal_body)]
+            self.over = len(self.refusal_body) == MAX_PAGE_BYTES
+            self._hurry(ERROR_BODY_TIMEOUT)
+            return []
+        reply = self.reply
+        pieces = reply.feed(data)
+        if reply.error:
+            self.over = True
+        elif reply.whole:
+            # The reply is read to its end, which saves the connection for the next prompt, and may bring the usage.
+            # But its end comes soon, or is not worth waiting for.
+            self._hurry(DRAIN_TIMEOUT if reply.framing.ended else FINISH_TIMEOUT, renew=bool(pieces))
+        else:
+            self.patience = self.call.timeout
+        return self._out(pieces)
+
+    def _hurry(self, seconds: float, renew: bool = False) -> None:
+        seconds = min(seconds, self.call.timeout)
+        if seconds != self.patience or renew or not self.deadline:
+            self.patience, self.deadline = seconds, time.monotonic() + seconds
+        self.over = self.over or time.monotonic() > self.deadline
+
+    def close(self) -> list[str]:
+        """Take the end of the reply; return the pieces of the answer that it completes."""
+        reply, known = self.reply, self.reply.error
+        pieces = [] if self.refusal else reply.close()
+        if self.refusal:
+            reply.error = status_error(self.refusal, self.refusal_body)
+        elif self.failure and not known and not reply.whole:
+            reply.error = transport_error(self.failure, reply.completion.answered, self.call.timeout)
+        return self._out(pieces)
+
+    def _out(self, pieces: list[str]) -> list[str]:
+        if not pieces:
+            return pieces
+        self.yielded = True
+        return pieces if len(pieces) == 1 else ["".join(pieces)]  # one network read is one piece for `llm` to keep
 
 
 # The connections: kept between prompts, since a client costs 30 ms to make, and a connection a TLS handshake
@@ -800,7 +888,7 @@ ClientKey = tuple[Any, ...]
 _locks: dict[int, threading.Lock] = {}  # by process: a lock that is held at a fork is never released in the child
 _ssl_contexts: dict[ClientKey, ssl.SSLContext] = {}
 _clients: dict[ClientKey, httpx.Client] = {}
-_pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[ClientKey, list[Pool]]] = weakref.WeakKeyDictionary()
+_pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPools] = weakref.WeakKeyDictionary()
 
 
 def client_key(proxy: str | None) -> ClientKey:
@@ -836,7 +924,14 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
         raise AutonomousError(message) from None
     except (ValueError, httpx.InvalidURL):
         # Not in the words of httpx, nor with its exception in the traceback: they may repeat a password.
-        raise AutonomousError("the proxy, from -o proxy or the environment, is not a proxy URL") from None
+        values = {name: os.environ.get(name, "") for name in PROXY_VARIABLES[:-2]}
+        at_fault = [
+            name for name, url in values.items() if url and not is_proxy_url(url if "://" in url else f"http://{url}")
+        ]
+        if proxy or at_fault:
+            message = "the proxy, from -o proxy or the environment, is not a proxy URL: look at "
+            raise AutonomousError(message + ("-o proxy" if proxy else at_fault[0])) from None
+        raise AutonomousError("NO_PROXY cannot be read: an IPv6 address stands in it without brackets") from None
 
 
 def sync_client(proxy: str | None) -> httpx.Client:
@@ -859,53 +954,119 @@ def _close_client(pid: int, client: httpx.Client) -> None:
 class Pool:
     """An async client, which is one connection pool, and how many prompts are using it: ``async with`` counts."""
 
-    def __init__(self, client: httpx.AsyncClient, siblings: list[Pool]) -> None:
+    def __init__(self, client: httpx.AsyncClient) -> None:
         self.client = client
         self.in_flight = 0
-        self.siblings = siblings
-        self.owner = self._own()
+        self.idle_since = time.monotonic()
 
     async def __aenter__(self) -> httpx.AsyncClient:
-        if self not in self.siblings:
-            self.siblings.append(self)
-            await anext(self.owner)  # the first step of a generator is what tells the event loop of it
         self.in_flight += 1
         return self.client
 
     async def __aexit__(self, *exception: object) -> None:
         self.in_flight -= 1
-        if not self.in_flight and self in self.siblings[1:]:
-            await self.owner.aclose()
+        self.idle_since = time.monotonic()
+
+
+class LoopPools:
+    """The pools of one event loop, which closes them: what ends a loop calls shutdown_asyncgens, which ends `owner`."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[ClientKey, list[Pool]] = {}
+        self.owner = self._own()
 
     async def _own(self) -> AsyncGenerator[None, None]:
-        """Suspended while the client is in use. What ends an event loop calls shutdown_asyncgens, which closes this."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
         try:
             yield
         finally:
-            self.siblings.remove(self)
-            await self.client.aclose()
+            _pools.pop(loop, None)
+            for key, pools in self.by_key.items():
+                for pool in pools if key[0] == os.getpid() else ():  # a parent process closes its own
+                    await pool.client.aclose()
+
+    async def take(self, key: ClientKey) -> Pool:
+        """A pool for one prompt.
+
+        For each request, httpcore looks at every connection of a pool, and for idle ones at all others: a pool of a
+        thousand spends its time on that. So prompts beyond `POOL_SIZE` at once get further pools.
+        """
+        import httpx
+
+        pools = self.by_key.setdefault(key, [])
+        expired = time.monotonic() - KEEPALIVE
+        while idle := next((pool for pool in pools[1:] if not pool.in_flight and pool.idle_since < expired), None):
+            pools.remove(idle)
+            await idle.client.aclose()
+        for pool in pools:
+            if pool.in_flight < POOL_SIZE:
+                return pool
+        pools.append(Pool(new_client(httpx.AsyncClient, key)))
+        return pools[-1]
 
 
-def async_pool(proxy: str | None) -> Pool:
-    """A pool of the running event loop for ``proxy``, for one prompt.
-
-    For each request, httpcore looks at every connection of a pool, and for idle ones at all others: a pool of a
-    thousand spends its time on that. So prompts beyond `POOL_SIZE` at once get a further pool while they last.
-    """
+async def async_pool(proxy: str | None) -> Pool:
+    """A pool of the running event loop for ``proxy``, for one prompt."""
     import asyncio
-
-    import httpx
 
     for known in _pools.keyrefs():
         if (loop := known()) and loop.is_closed():
             _pools.pop(loop, None)  # it ended without shutdown_asyncgens
-    key = client_key(proxy)
-    pools = _pools.setdefault(asyncio.get_running_loop(), {}).setdefault(key, [])
-    free = (pool for pool in pools if pool.in_flight < POOL_SIZE)
-    return next(free, None) or Pool(new_client(httpx.AsyncClient, key), pools)
+    loop = asyncio.get_running_loop()
+    if loop not in _pools:
+        _pools[loop] = LoopPools()
+        await anext(_pools[loop].owner)  # the first step of a generator is what tells the event loop of it
+    return await _pools[loop].take(client_key(proxy))
 
 
-# The two classes that move the bytes
+# What moves the bytes
+
+
+def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
+    """The body of a reply, as long as the attempt wants it, each piece waited for no longer than its `patience`.
+
+    httpcore takes the timeout from the request when it begins to read a body, and goes on where it was when it begins
+    again. So a wait is changed by beginning again, and nothing is changed that another attempt could meet.
+    """
+    begun = []  # all are kept to the end: a body that is dropped before its end closes the connection
+    live = "network_stream" in head.extensions  # what comes from no network begins again at its start
+    while True:
+        patience = attempt.request.extensions["timeout"]["read"] = attempt.patience
+        begun.append(iter(cast("httpx.SyncByteStream", head.stream)))
+        for data in begun[-1]:
+            yield data
+            if attempt.patience != patience and live:
+                break
+        else:
+            return
+
+
+class AsyncBody:
+    """The same for async, where a wait can simply be given a limit. No generator: see `AsyncAutonomous.execute`."""
+
+    def __init__(self, head: httpx.Response, attempt: Attempt) -> None:
+        self.pieces = aiter(cast("httpx.AsyncByteStream", head.stream))
+        self.attempt = attempt
+
+    def __aiter__(self) -> AsyncBody:
+        return self
+
+    async def __anext__(self) -> bytes:
+        import asyncio
+
+        attempt, piece = self.attempt, anext(self.pieces)
+        if attempt.patience == attempt.call.timeout:  # which httpx keeps
+            return await piece
+        return await asyncio.wait_for(piece, attempt.patience)
+
+
+def unpack(coding: str, body: Any) -> httpx.Response:
+    """A body that is still compressed, as a reply of its own, whose `iter_bytes` or `aiter_bytes` unpacks it."""
+    import httpx
+
+    return httpx.Response(200, headers={"content-encoding": coding}, content=body)
 
 
 class _Shared:
@@ -914,11 +1075,12 @@ class _Shared:
     can_stream = True
     Options = AutonomousOptions
 
-    def __init__(self, service: ServiceModel, attempts: int = ATTEMPTS) -> None:
+    def __init__(self, service: ServiceModel, attempts: int = ATTEMPTS, attempt_type: type[Attempt] = Attempt) -> None:
         self.service = service
         self.model_id = service.model_id
         self.attachment_types: set[str] | frozenset[str] = service.attachment_types
         self.attempts = attempts
+        self.attempt_type = attempt_type
 
 
 class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Options class
@@ -929,24 +1091,22 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
     ) -> Iterator[str]:
         call = Call(self, prompt, stream, response)
         client = sync_client(call.proxy)
-        while True:
-            failure = None
+        attempt: Attempt | None = call.begin()
+        while attempt:
             try:
-                with contextlib.closing(client.send(call.begin(), auth=call.auth, stream=True)) as reply:
-                    call.open(reply)
-                    for data in reply.iter_bytes() if call.encoded else reply.iter_raw():
-                        if text := call.feed(data):
-                            yield text
-                        if call.over:
+                with contextlib.closing(client.send(attempt.request, auth=call.auth, stream=True)) as head:
+                    attempt.open(head)
+                    body = read_sync(head, attempt)
+                    for data in unpack(attempt.coding, body).iter_bytes() if attempt.coding else body:
+                        yield from attempt.feed(data)
+                        if attempt.over:
                             break
-            except Exception as error:  # whatever it is, the user gets one line; a traceback has the cause
-                failure = error
-            if text := call.close(failure):
-                yield text
-            wait = call.outcome()
-            if wait is None:
-                return
-            time.sleep(wait)
+            except Exception as failure:  # whatever it is, the user gets one line; a traceback has the cause
+                attempt.failure = failure
+            yield from attempt.close()
+            attempt = call.settle(attempt)
+            if attempt:
+                time.sleep(attempt.wait)
 
 
 class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
@@ -965,26 +1125,26 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         del response  # as Call does not keep it either
         # An event loop that ends closes all its async generators, in no order. There is no other here than this
         # one and those of httpx that it reads: two that close each other would be reported as errors.
-        async with async_pool(call.proxy) as client:
-            while True:
-                failure = None
+        async with await async_pool(call.proxy) as client:
+            attempt: Attempt | None = call.begin()
+            while attempt:
                 try:
-                    reply = await client.send(call.begin(), auth=call.auth, stream=True)
-                    async with contextlib.aclosing(reply):
-                        call.open(reply)
-                        async for data in reply.aiter_bytes() if call.encoded else reply.aiter_raw():
-                            if text := call.feed(data):
-                                yield text
-                            if call.over:
+                    head = await client.send(attempt.request, auth=call.auth, stream=True)
+                    async with contextlib.aclosing(head):
+                        attempt.open(head)
+                        body = AsyncBody(head, attempt)
+                        async for data in unpack(attempt.coding, body).aiter_bytes() if attempt.coding else body:
+                            for piece in attempt.feed(data):
+                                yield piece
+                            if attempt.over:
                                 break
-                except Exception as error:
-                    failure = error
-                if text := call.close(failure):
-                    yield text
-                wait = call.outcome()
-                if wait is None:
-                    return
-                await asyncio.sleep(wait)
+                except Exception as failure:
+                    attempt.failure = failure
+                for piece in attempt.close():
+                    yield piece
+                attempt = call.settle(attempt)
+                if attempt:
+                    await asyncio.sleep(attempt.wait)
 
 
 # The one command
@@ -1010,8 +1170,11 @@ def autonomous() -> None:
 @click.option(
     "options", "-o", "--option", type=(str, str), multiple=True, help="Option for the models, such as: proxy URL"
 )
-@click.option("as_json", "--json", is_flag=True, help="Output as JSON, once all is known")
-def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, str], ...], as_json: bool) -> None:
+@click.option("json_", "--json", is_flag=True, help="Output as JSON, once all is known")
+@click.option("--raw", is_flag=True, help="Show on standard error all that is sent and what comes, one by one")
+def check(
+    model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, str], ...], json_: bool, raw: bool
+) -> None:
     """
     Is it me or them? Ask the models for a word, and see which answer
 
@@ -1034,17 +1197,52 @@ def check(model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, 
     services = [model.service for model in models if isinstance(model, AsyncAutonomous)]
     if len(services) < len(models):
         raise click.ClickException("only the models of Autonomous AI can be checked: llm models -q autonomous")
-    rows = asyncio.run(_check(services or [*SERVICE_MODELS], timeout, settings.model_dump(), show=not as_json))
-    if as_json:
+    rows = asyncio.run(_check(services or [*SERVICE_MODELS], timeout, settings.model_dump(), not json_, raw))
+    if json_:
         click.echo(json.dumps(rows, indent=2))
     if not all(row["ok"] for row in rows):
         raise click.exceptions.Exit(1)
 
 
+class ShownAttempt(Attempt):
+    """An attempt that shows on standard error what it sends and what comes, byte for byte, but no password."""
+
+    def __init__(self, call: Call, number: int, wait: float) -> None:
+        super().__init__(call, number, wait)
+        self.start = time.perf_counter()
+        request, messages = self.request, json.loads(base64.b64decode(json.loads(call.body)["messages"]))
+        self.show(">", f"{request.method} {request.url.raw_path.decode()} HTTP/1.1".encode())
+        self.show_headers(">", request.headers)
+        if call.auth:
+            self.show(">", b"Authorization: (the user name and password of the URL)")
+        self.show(">", call.body)
+        self.show(">", b"the messages in it: " + json.dumps(messages).encode())
+
+    def show(self, sign: str, data: bytes) -> None:
+        click.echo(f"{time.perf_counter() - self.start:8.3f} s {sign} {repr(data)[2:-1]}", err=True)
+
+    def show_headers(self, sign: str, headers: httpx.Headers) -> None:
+        for name, value in headers.raw:
+            self.show(sign, name + b": " + value)
+
+    def open(self, head: httpx.Response) -> None:
+        self.show("<", f"{head.http_version} {head.status_code} {head.reason_phrase}".encode())
+        self.show_headers("<", head.headers)
+        super().open(head)
+
+    def feed(self, data: bytes) -> list[str]:
+        self.show("<", data)
+        return super().feed(data)
+
+    def close(self) -> list[str]:
+        self.show("!", root_reason(self.failure)[0].encode() if self.failure else b"the end")
+        return super().close()
+
+
 async def _check(
-    services: list[ServiceModel], timeout: float, options: dict[str, Any], show: bool
+    services: list[ServiceModel], timeout: float, options: dict[str, Any], show: bool, raw: bool
 ) -> list[dict[str, Any]]:
-    """Ask all the models at once, show a row for each as it comes, and return the rows."""
+    """Ask all the models, at once unless it is ``raw``, show a row for each as it comes, and return the rows."""
     import asyncio
 
     urls = {service: endpoint_url(service.endpoint) for service in services}
@@ -1054,8 +1252,10 @@ async def _check(
         row: dict[str, Any] = {"model": service.model_id, "endpoint": service.endpoint, "ok": False}
         start = time.perf_counter()
 
+        model = AsyncAutonomous(service, attempts=1, attempt_type=ShownAttempt if raw else Attempt)
+
         async def read() -> None:
-            async for _ in AsyncAutonomous(service, attempts=1).prompt("Reply with one word: OK", options=options):
+            async for _ in model.prompt("Reply with one word: OK", options=options):
                 row.setdefault("seconds", round(time.perf_counter() - start, 3))
 
         try:
@@ -1074,4 +1274,4 @@ async def _check(
     if show and sys.stderr.isatty():
         host = urls[services[0]].netloc.decode()
         click.echo(f"Asking {len(urls)} models at {host}, for up to {timeout:g} s ...", err=True)
-    return list(await asyncio.gather(*map(ask, urls)))
+    return [await ask(service) for service in urls] if raw else list(await asyncio.gather(*map(ask, urls)))

@@ -467,7 +467,7 @@ class Benchmark:
             body = frame % (b"x" * (size - len(frame)))
 
             def work() -> None:
-                decoder = llm_autonomous.ReplyDecoder()
+                decoder = llm_autonomous.Reply()
                 deltas = [text for n in range(0, len(body), 1024) for text in decoder.feed(body[n : n + 1024])]
                 assert len("".join(deltas)) > 0.99 * size
 

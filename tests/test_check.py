@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import os
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from conftest import Start, finish, output_until
 from llm.cli import cli
 from loopback import ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
+from proxies import Proxy
 
 MODELS = [f"autonomous-{name}" for name in ENDPOINTS]
 
@@ -348,3 +350,82 @@ def test_llm_help_lists_the_group() -> None:
     assert re.search(
         r"\n  autonomous +See which models of Autonomous AI answer\n", CliRunner().invoke(cli, ["--help"]).output
     )
+
+
+# What --raw shows
+
+PIECE = re.compile(r" *\d+\.\d{3} s ([<>!]) (.*)")
+
+
+def raw(*arguments: str) -> tuple[Result, list[tuple[str, str]]]:
+    """What ``check --raw`` came to, and each line it showed on standard error: its sign and what came or went."""
+    result = check("--raw", *arguments)
+    pieces = [PIECE.fullmatch(line) for line in result.stderr.splitlines()]
+    assert all(pieces), "each line begins with the seconds"
+    return result, [(piece[1], piece[2]) for piece in pieces if piece]
+
+
+def test_raw_shows_what_is_sent_and_what_comes(server: Loopback) -> None:
+    """Request line, headers, body and the messages in it; status, headers, and each piece of the body byte for byte."""
+    pieces = [event(delta("O\u00e9")), event(delta("K", finish_reason="stop")), b"data: [DONE]\r\n\x1b\n"]
+    server.answer = say(pieces, pause=0.02, headers={"x-served-by": "loopback"})
+    result, shown = raw("-m", "autonomous-hermes")
+    assert result.exit_code == 0
+    assert rows_of(result.stdout)["autonomous-hermes"][1].startswith("ok, ")
+    sent = [text for sign, text in shown if sign == ">"]
+    assert sent[0] == "POST /api/v1/ai/chat-hermes HTTP/1.1"
+    for name, value in server.last.headers.items():
+        if name != "connection":
+            assert any(line.lower().partition(": ")[::2] == (name, value.lower()) for line in sent), name
+    assert sent[-2] == server.last.body.decode()
+    assert sent[-1] == f"the messages in it: {json.dumps(server.last.messages)}"
+    came = [text for sign, text in shown if sign == "<"]
+    assert came[0] == "HTTP/1.1 200 OK"
+    assert "x-served-by: loopback" in came
+    assert [ast.literal_eval(f"b{text!r}".replace("\\\\", "\\")) for text in came[-3:]] == pieces
+    assert result.stderr.isascii()
+
+
+def test_raw_asks_one_after_the_other(server: Loopback) -> None:
+    """Without -m all five are asked, none before the one before it is over."""
+    result, shown = raw()
+    assert list(rows_of(result.stdout)) == MODELS
+    ends = [text for sign, text in shown if sign == "!" or "HTTP/1.1" in text]
+    assert [text.split()[0] for text in ends] == ["POST", "HTTP/1.1", "the"] * 5
+    assert [request.payload["aiAgent"] for request in server.requests] == list(ENDPOINTS)
+
+
+def test_raw_of_a_web_page(server: Loopback) -> None:
+    """What is not understood is shown as it came, and the row has the error."""
+    page = b"<html>\n<title>Just a moment...</title></html>"
+    server.answer = say([page], status="403 Forbidden", headers={"content-type": "text/html"})
+    result, shown = raw("-m", "autonomous-llama")
+    assert result.exit_code == 1
+    assert "web page titled: Just a moment..." in result.stdout
+    assert ("<", "HTTP/1.1 403 Forbidden") in shown
+    assert ("<", "content-type: text/html") in shown
+    assert ("<", repr(page)[2:-1]) in shown
+
+
+def test_raw_of_a_refused_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to be sent, and why nothing came."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")
+    result, shown = raw("-m", "autonomous-llama")
+    assert result.exit_code == 1
+    assert "cannot connect: Connection refused" in result.stdout
+    assert [sign for sign, _ in shown].count("<") == 0
+    assert shown[-1] == ("!", "Connection refused")
+
+
+def test_raw_shows_no_password(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of the URL nor that of a proxy, as they are or in Base64."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url.replace("//", "//me:secret@"))
+    with Proxy() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url_for("you:hidden"))
+        result, shown = raw("-m", "autonomous-llama")
+        assert proxy.credentials == {"you:hidden"}
+    assert result.exit_code == 0
+    assert "authorization" in server.last.headers
+    for secret in ("secret", "hidden", "bWU6c2VjcmV0", "eW91OmhpZGRlbg"):
+        assert secret not in result.output + result.stderr
+    assert any(text.startswith("Authorization: ") for _, text in shown)

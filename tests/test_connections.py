@@ -363,6 +363,54 @@ def test_a_thousand_async_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert seconds < 15
 
 
+def test_ten_waves_of_eighty_take_eighty_connections(server: Loopback) -> None:
+    """A batch that comes in waves uses its connections again, all closed when the loop ends."""
+    waiting: list[asyncio.Event] = []
+
+    async def together(request: Request, connection: Connection) -> None:
+        waiting.append(asyncio.Event())
+        if len(waiting) == 80:  # the whole wave is there
+            while waiting:
+                waiting.pop().set()
+        else:
+            await waiting[-1].wait()
+        await speak()(request, connection)
+
+    async def ask() -> None:
+        model = get_async_model("autonomous-llama")
+        for _ in range(10):
+            answers = await asyncio.gather(*(model.prompt("hi").text() for _ in range(80)))
+            assert answers == [GOOD] * 80
+
+    server.answer = together
+    asyncio.run(ask())
+    assert len(server.requests) == 800
+    assert server.connections == 80
+    assert until(lambda: not server.open)
+
+
+def test_surplus_connections_are_closed_when_they_have_expired(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a burst opened is not kept for the life of a loop that has no more bursts."""
+
+    async def slow(request: Request, connection: Connection) -> None:
+        await asyncio.sleep(0.1)
+        await speak()(request, connection)
+
+    async def ask() -> int:
+        model = get_async_model("autonomous-llama")
+        await asyncio.gather(*(model.prompt("hi").text() for _ in range(40)))
+        before = len(server.open)
+        monkeypatch.setattr(llm_autonomous, "KEEPALIVE", 0.0)
+        await model.prompt("hi").text()
+        assert await asyncio.to_thread(until, lambda: len(server.open) <= llm_autonomous.POOL_SIZE)
+        return before
+
+    server.answer = slow
+    assert asyncio.run(ask()) == 40
+
+
 # Forks
 
 

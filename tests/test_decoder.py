@@ -1,4 +1,4 @@
-"""The rules of `ReplyDecoder`, one test each, and properties that hold for any reply.
+"""The rules of `Reply`, one test each, and properties that hold for any reply.
 
 The event-stream rules are those of https://html.spec.whatwg.org/multipage/server-sent-events.html, the others of
 PROTOCOL.md. More examples for the properties: LLM_AUTONOMOUS_EXAMPLES=10000 (chosen anew at each run).
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_autonomous import MAX_EVENT_BYTES, AutonomousError, ReplyDecoder
+from llm_autonomous import MAX_EVENT_BYTES, AutonomousError, Reply
 
 MORE_EXAMPLES = os.environ.get("LLM_AUTONOMOUS_EXAMPLES")
 examples = settings(max_examples=int(MORE_EXAMPLES or 150), derandomize=not MORE_EXAMPLES, deadline=None, database=None)
@@ -40,10 +40,10 @@ class Decoded:
     """What a reply came to, given to a decoder in ``pieces``."""
 
     def __init__(self, *pieces: bytes) -> None:
-        self.decoder = ReplyDecoder()
+        self.decoder = Reply()
         self.fed = [self.decoder.feed(piece) for piece in pieces]  # the deltas that each piece completed
         self.deltas = [delta for deltas in self.fed for delta in deltas] + self.decoder.close()
-        self.envelope, self.error = self.decoder.envelope, self.decoder.error
+        self.envelope, self.error = self.decoder.completion.envelope, self.decoder.error
 
     @property
     def text(self) -> str:
@@ -60,7 +60,7 @@ class Decoded:
 
     @property
     def everything(self) -> tuple[list[str], dict[str, Any], str, bool]:
-        return self.deltas, self.envelope, str(self.error), self.decoder.complete
+        return self.deltas, self.envelope, str(self.error), self.decoder.whole
 
 
 def cut(data: bytes, size: int) -> list[bytes]:
@@ -379,8 +379,8 @@ def test_done_ends_the_answer(done: bytes) -> None:
     """``[DONE]`` completes the answer in every framing."""
     decoded = Decoded(event("a") + done)
     assert decoded.text == "a"
-    assert decoded.decoder.ended
-    assert decoded.decoder.complete
+    assert decoded.decoder.framing.ended
+    assert decoded.decoder.whole
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_complete(reply: bytes, complete: bool) -> None:
     """An answer is complete with a finish reason, with ``[DONE]``, or where it came in one piece."""
     decoded = Decoded(reply)
     assert decoded.text == "a"
-    assert decoded.decoder.complete is complete
+    assert decoded.decoder.whole is complete
 
 
 # The envelope
@@ -550,7 +550,7 @@ def work(pieces: Iterable[bytes]) -> int:
         elif event == "call":
             total += 1 + sum(map(size, frame.f_locals.values()))
 
-    total, decoder = 0, ReplyDecoder()
+    total, decoder = 0, Reply()
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
@@ -564,7 +564,7 @@ def work(pieces: Iterable[bytes]) -> int:
 
 def allocated(pieces: Iterable[bytes]) -> int:
     """Bytes that decoding ``pieces`` took, summed over them, whether given back or not."""
-    total, decoder = 0, ReplyDecoder()
+    total, decoder = 0, Reply()
     tracemalloc.start()
     try:
         for piece in [*pieces, None]:
@@ -667,7 +667,7 @@ def test_bound_is_the_same_for_every_cut() -> None:
 
 def peak(pieces: Iterable[bytes]) -> int:
     """Bytes held at most while decoding ``pieces``, the deltas being given away."""
-    decoder = ReplyDecoder()
+    decoder = Reply()
     tracemalloc.start()
     try:
         for piece in pieces:

@@ -502,7 +502,7 @@ PLACES: dict[str, Answer] = {
     "title in character references": whole(b"<html><title>&#27;[31mno &#x9b;1m luck" + b"&#120;" * 5000),
     "reason phrase": raw(f"HTTP/1.1 400 {HEADER}\r\n\r\n".encode("latin-1")),
     "location": whole(b"", "302 Found", {"location": HEADER}),
-    "content encoding": whole(b"", headers={"content-encoding": HEADER}),
+    "content encoding": whole(b"", headers={"content-encoding": f"br, {HEADER}"}),
     "status line": raw(HOSTILE.encode("utf-8", "replace") + b"\r\n\r\n"),
     "chunk header": raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n\x1b[31mno luck\r\n" + b"x" * 5000),
     "error in a stream": say([event({"error": HOSTILE})]),
