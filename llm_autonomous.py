@@ -285,8 +285,8 @@ class Framing:
 
     Reads event streams by the WHATWG rules (https://html.spec.whatwg.org/multipage/server-sent-events.html)
     and, as PROTOCOL.md asks, ``data:`` lines without blank lines between them, bare JSON lines, and one JSON value
-    in many lines. `feed` and `close` give the values in order, the same for every way the bytes can be cut, at a cost
-    of O(n) in the bytes seen. They never raise: what cannot be read ends up in `error`, behind the values that came
+    in many lines. `feed` gives the values in order, the same for every way the bytes can be cut, at a cost of O(n) in
+    the bytes seen. It never raises: what cannot be read ends up in `error`, behind the values that came
     before it. From one `feed` to the next at most `MAX_EVENT_BYTES` are held.
     """
 
@@ -302,7 +302,7 @@ class Framing:
         self._document = False  # what is held goes on to the end of the reply: a web page, or JSON in many lines
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
-        """The values that ``data``, the next bytes of the reply, or its end completes."""
+        """The values that ``data``, the next bytes of the reply, completes, or its end: an event may end with it."""
         values: list[Any] = []
         if self.error is None and not self.ended:
             try:
@@ -313,10 +313,6 @@ class Framing:
                 self.error = error
         return values
 
-    def close(self) -> list[Any]:
-        """The values that the end of the reply completes: the last event may come without its blank line."""
-        return self.feed(b"", end=True)
-
     def _read_bytes(self, data: bytes, values: list[Any]) -> None:
         # Lines end at CRLF, LF or CR and nowhere else: U+2028 and its like are text, so no splitlines here.
         if self._skip_newline and data:
@@ -325,7 +321,7 @@ class Framing:
         if b"\r" in data:
             self._skip_newline = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines: list[bytes | bytearray] = [*data.split(b"\n")]
+        lines: list[Any] = data.split(b"\n")
         rest = lines.pop()
         if lines and self._line:
             self._line += lines[0]
@@ -438,12 +434,12 @@ class Completion:
                 choice = self._pick(choices)
             part = choice.get("delta")
             if part is None:
-                part = choice.get("message")
-                whole = part is not None
-            text = part.get("content") if isinstance(part, dict) else part
-            if not text and isinstance(part, (dict, type(None))):
-                text = (part or choice).get("refusal") or choice.get("text") or text
-            if text is not None and not (isinstance(text, str) and isinstance(part, (dict, type(None)))):
+                part = choice.get("message", {})
+                whole = bool(part)
+            text = (
+                (part.get("content") or part.get("refusal") or choice.get("text")) if isinstance(part, dict) else part
+            )
+            if text and not (isinstance(text, str) and isinstance(part, dict)):
                 raise not_understood(as_json(chunk))
             if text and self._index is None:
                 self._index = choice.get("index") or 0
@@ -458,7 +454,8 @@ class Completion:
         if reason and not (isinstance(reason, str) and NO_FINISH_REASON.fullmatch(reason.strip())):
             self.envelope["finish_reason"] = shallow(reason)
             whole = True
-        self.whole = self.whole or whole
+        if whole:
+            self.whole = True
         if usage := chunk.get("usage"):
             self.envelope["usage"] = shallow(usage)
         if "model" not in self.envelope or "id" not in self.envelope:
@@ -503,35 +500,33 @@ class Reply:
         """Whether all of the answer has come: what the connection does from here on does not matter."""
         return self.framing.ended or self.completion.whole
 
-    def feed(self, data: bytes) -> list[str]:
-        """The pieces that ``data``, the next bytes of the reply, completes."""
-        return self._read(self.framing.feed(data))
+    def feed(self, data: bytes, end: bool = False) -> list[str]:
+        """The pieces that ``data``, the next bytes of the reply, or its end completes."""
+        pieces: list[str] = []
+        framing, completion = self.framing, self.completion
+        if self.error is None:
+            try:
+                for value in framing.feed(data, end):
+                    if text := completion.read(value):
+                        pieces.append(text)
+                if framing.error:
+                    raise framing.error
+                if (end or framing.ended) and (text := completion.close()):
+                    pieces.append(text)
+            except AutonomousError as error:
+                self.error = error
+        return pieces
 
     def close(self) -> list[str]:
         """The pieces that the end of the reply completes."""
+        pieces = self.feed(b"", end=True)
         framing, completion = self.framing, self.completion
-        pieces = self._read(framing.close(), end=True)
         if self.error is None and framing.cut_off and not self.whole:
             cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
             self.error = cut_off if completion.answered else not_understood(framing.cut_off)
         elif self.error is None and not completion.answered:
             lost = "" if completion.understood or framing.ended else framing.stray
             self.error = not_understood(lost) if lost else empty(completion.envelope.get("finish_reason"))
-        return pieces
-
-    def _read(self, values: list[Any], end: bool = False) -> list[str]:
-        pieces: list[str] = []
-        if self.error is None:
-            try:
-                for value in values:
-                    if text := self.completion.read(value):
-                        pieces.append(text)
-                if self.framing.error:
-                    raise self.framing.error
-                if (end or self.framing.ended) and (text := self.completion.close()):
-                    pieces.append(text)
-            except AutonomousError as error:
-                self.error = error
         return pieces
 
 
@@ -874,10 +869,8 @@ class Attempt:
         return self._out(pieces)
 
     def _out(self, pieces: list[str]) -> list[str]:
-        if not pieces:
-            return pieces
-        self.yielded = True
-        return pieces if len(pieces) == 1 else ["".join(pieces)]  # one network read is one piece for `llm` to keep
+        self.yielded = self.yielded or bool(pieces)
+        return ["".join(pieces)] if len(pieces) > 1 else pieces  # one network read is one piece for `llm` to keep
 
 
 # The connections: kept between prompts, since a client costs 30 ms to make, and a connection a TLS handshake
