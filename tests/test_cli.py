@@ -1,4 +1,4 @@
-"""The `llm` command line against the loopback server, end to end, in processes of its own."""
+"""The `llm` command line against the loopback server, end to end; in processes of its own where they are the point."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import llm
 import pytest
-from conftest import PNG, Start, finish, output_until
+from conftest import NOWHERE, PNG, Start, finish, invoke, output_until
 from loopback import BACKENDS, DONE, ENDPOINTS, Connection, Loopback, Request, delta, event, say, speak
 
 REFUSED = "Error: 127.0.0.1:1: cannot connect: Connection refused (3 attempts)\n"
@@ -21,11 +23,11 @@ Llm = Callable[..., str]
 
 
 @pytest.fixture
-def llm_(server: Loopback, start: Start) -> Llm:
+def llm_(server: Loopback) -> Llm:
     """``llm_(*arguments, typed=...)`` runs `llm` against the server; its output, where nothing is wrong."""
 
     def run(*arguments: str, typed: str = "") -> str:
-        stdout, stderr, code = finish(start("llm", *arguments, url=server.url, typed=typed))
+        stdout, stderr, code = invoke(*arguments, typed=typed)
         assert (stderr, code) == ("", 0)
         return stdout
 
@@ -68,56 +70,59 @@ def test_a_prompt_is_answered_and_logged(llm_: Llm, server: Loopback, settings: 
     assert {key: row[key] for key in expected} == expected
 
 
-def test_a_prompt_can_be_piped_in(llm_: Llm, server: Loopback) -> None:
+def test_a_prompt_can_be_piped_in(server: Loopback, start: Start) -> None:
     """What comes through a pipe stands before the prompt, whatever its script."""
-    assert llm_("-m", "autonomous-qwen-coder", "Explain", typed="print('Привет 𝄞')\n").startswith("qwen_coder heard: ")
+    process = start("llm", "-m", "autonomous-qwen-coder", "Explain", url=server.url, typed="print('Привет 𝄞')\n")
+    stdout, stderr, code = finish(process)
+    assert stdout.startswith("qwen_coder heard: ")
+    assert (stderr, code) == ("", 0)
     [message] = server.last.messages
     assert message == {"role": "user", "content": "print('Привет 𝄞')\n Explain"}
 
 
-@pytest.mark.parametrize("settings", [[], ["--async"]], ids=["sync", "async"])
-def test_text_is_shown_as_it_arrives(server: Loopback, settings: list[str], start: Start) -> None:
-    """The first words are on the terminal while the server still holds back the others."""
-    shown = False
+def test_text_is_shown_as_it_arrives(server: Loopback, start: Start) -> None:
+    """The first words are in the pipe while the server still holds back the others: sync, and then async."""
+    shown = [threading.Event(), threading.Event()]  # one for each prompt
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
         await connection.send(event(delta("first ")))
-        while not shown:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(shown[len(server.requests) - 1].wait)
         await connection.send(event(delta("second", "stop")) + DONE)
         await connection.end()
 
     server.answer = answer
-    command = ["llm", "-m", "autonomous-llama", "hi", *settings]
-    process = start(*command, url=server.url)
-    try:
-        assert output_until(process, " ") == "first "
-    finally:
-        shown = True
-    assert finish(process) == ("second\n", "", 0)
-
-
-def test_every_id_and_every_alias_reaches_its_model(server: Loopback, start: Start) -> None:
-    """Plain, with --async and with --no-stream, each of the names is answered by its model."""
     script = """if True:
-        import json, sys
         from llm.cli import cli
-        import llm
 
-        names = [
-            name
-            for entry in llm.get_models_with_aliases()
-            if entry.model.model_id.startswith("autonomous")
-            for name in (entry.model.model_id, *entry.aliases)
-        ]
-        for settings in ([], ["--async"], ["--no-stream"]):
-            for name in names:
-                cli.main(["-m", name, name, "--no-log", *settings], standalone_mode=False)
+        for settings in ([], ["--async"]):
+            cli.main(["-m", "autonomous-llama", "hi", *settings], standalone_mode=False)
     """
-    stdout, stderr, code = finish(start(sys.executable, "-c", script, url=server.url))
-    assert (stderr, code) == ("", 0)
-    heard = [line.split(" heard: ") for line in stdout.splitlines()]
+    process = start(sys.executable, "-c", script, url=server.url)
+    try:
+        for seen in shown:
+            assert output_until(process, " ") == "first "
+            seen.set()
+            assert output_until(process, "\n") == "second\n"
+    finally:
+        for seen in shown:
+            seen.set()
+    assert finish(process) == ("", "", 0)
+
+
+def test_every_id_and_every_alias_reaches_its_model(llm_: Llm, server: Loopback) -> None:
+    """Plain, with --async and with --no-stream, each of the names is answered by its model."""
+    names = [
+        name
+        for entry in llm.get_models_with_aliases()
+        if entry.model.model_id.startswith("autonomous")
+        for name in (entry.model.model_id, *entry.aliases)
+    ]
+    heard = [
+        llm_("-m", name, name, "--no-log", *settings).removesuffix("\n").split(" heard: ")
+        for settings in ([], ["--async"], ["--no-stream"])
+        for name in names
+    ]
     own = {"llama": ["autonomous"], "qwen_coder": ["autonomous-qwen-coder"]}
     expected = [
         [name, spelling]
@@ -154,7 +159,7 @@ def test_an_image_goes_to_vision_and_a_note_of_it_to_the_next_model(
     ]
 
 
-def test_a_conversation_goes_on_over_three_processes(llm_: Llm, server: Loopback) -> None:
+def test_a_conversation_goes_on_over_three_commands(llm_: Llm, server: Loopback) -> None:
     """`-c` sends the whole conversation each time, streamed or not, sync or async."""
     llm_("-m", "autonomous-hermes", "one", "-s", "Be brief")
     llm_("-c", "two", "--async")
@@ -173,10 +178,10 @@ def test_a_conversation_goes_on_over_three_processes(llm_: Llm, server: Loopback
 def test_a_chat_remembers_its_turns(llm_: Llm, server: Loopback) -> None:
     """Two answers, the second of which saw the first; one TCP connection."""
     shown = llm_("chat", "-m", "autonomous-hermes", "-s", "Be brief", typed="hi\nagain\nexit\n")
-    assert replies(shown) == (
-        "> hermes heard: hi\nSystem prompt: Be brief\n"
-        "> hermes heard: again\nSystem prompt: Be brief\n"
-        "Messages before: 2, the last: hermes heard: hi\nSystem prompt: Be brief\n> "
+    assert replies(shown) == (  # with what was typed, as a terminal shows it
+        "> hi\nhermes heard: hi\nSystem prompt: Be brief\n"
+        "> again\nhermes heard: again\nSystem prompt: Be brief\n"
+        "Messages before: 2, the last: hermes heard: hi\nSystem prompt: Be brief\n> exit\n"
     )
     assert server.connections == 1
     assert len(json.loads(llm_("logs", "-n", "0", "--json"))) == 2
@@ -195,23 +200,18 @@ def test_a_chat_ends_in_one_line_when_a_turn_fails(server: Loopback, start: Star
 # What goes wrong
 
 
-def test_a_refused_connection_is_one_line_in_every_command(start: Start, tmp_path: Path) -> None:
+def test_a_refused_connection_is_one_line_in_every_command(monkeypatch: pytest.MonkeyPatch, no_backoff: None) -> None:
     """Host, port and reason, the attempts made, no traceback, exit code 1."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", NOWHERE)
     prompt = ["-m", "autonomous-llama", "hi"]
-    commands = [prompt, [*prompt, "--async"], [*prompt, "--no-stream"], ["chat", "-m", "autonomous-llama"]]
-    # Each with its own LLM_USER_PATH: `llm` cannot make one database in several processes at once.
-    *prompts, chat = [
-        start("llm", *command, typed="hi\n" * (command[0] == "chat"), LLM_USER_PATH=str(tmp_path / str(number)))
-        for number, command in enumerate(commands)
-    ]
-    for process in prompts:
-        assert finish(process) == ("", REFUSED, 1)
-    stdout, stderr, code = finish(chat)
-    assert (replies(stdout), stderr, code) == ("> ", REFUSED, 1)
+    for command in (prompt, [*prompt, "--async"], [*prompt, "--no-stream"]):
+        assert invoke(*command) == ("", REFUSED, 1)
+    stdout, stderr, code = invoke("chat", "-m", "autonomous-llama", typed="hi\n")
+    assert (replies(stdout), stderr, code) == ("> hi\n", REFUSED, 1)
 
 
 @pytest.mark.parametrize("settings", [[], ["--async"]], ids=["sync", "async"])
-def test_text_that_came_before_an_error_stays(server: Loopback, settings: list[str], start: Start) -> None:
+def test_text_that_came_before_an_error_stays(server: Loopback, settings: list[str]) -> None:
     """The answer as far as it came is on stdout, and the error, one line, on stderr."""
 
     async def answer(request: Request, connection: Connection) -> None:
@@ -220,7 +220,7 @@ def test_text_that_came_before_an_error_stays(server: Loopback, settings: list[s
         await connection.drop()
 
     server.answer = answer
-    stdout, stderr, code = finish(start("llm", "-m", "autonomous-llama", "hi", *settings, url=server.url))
+    stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", *settings)
     assert stdout == "half an "
     assert stderr.strip() == (
         f"Error: 127.0.0.1:{server.port}: the answer is incomplete: the connection was lost in the middle of the reply"
@@ -260,12 +260,13 @@ def test_the_loopback_leaves_with_the_exit_code_of_its_command(command: list[str
     assert "Traceback" not in stderr
 
 
-def test_the_loopback_serves_until_ctrl_c(start: Start) -> None:
+def test_the_loopback_serves_until_ctrl_c(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a command it prints the line to export, answers there, and ends with exit code 0."""
     process = start(*LOOPBACK)
     variable, _, url = output_until(process, "\n").strip().partition("=")
     assert variable == "export AUTONOMOUS_BASE_URL"
-    assert finish(start("llm", "-m", "autonomous-summary", "Hello", url=url)) == ("summary heard: Hello\n", "", 0)
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
+    assert invoke("-m", "autonomous-summary", "Hello") == ("summary heard: Hello\n", "", 0)
     process.send_signal(signal.SIGINT)
     assert finish(process) == ("", "", 0)
 

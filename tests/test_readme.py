@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -13,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from cogapp import Cog
 from conftest import PNG
+from llm.cli import cli
 from loopback import Loopback, environment
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +32,31 @@ def blocks(language: str) -> list[str]:
 def python_examples() -> list[tuple[str, str]]:
     """Each Python example of README with the output that stands behind it."""
     return re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def shell(command: str, settings: dict[str, str], typed: str = "") -> str:
+    """What a shell shows of a command that is given ``typed`` through a pipe."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        env=settings,
+        cwd=settings["PWD"],
+        input=typed,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    ).stdout
+
+
+def run(command: str, settings: dict[str, str]) -> str:
+    """The same, where an `llm` at the start of the command is run in this process, which saves the 0.7 s of its own."""
+    begin = re.match(r"((?:\w+=\S* )*)llm ", command)
+    if begin is None:
+        return shell(command, settings)
+    arguments, pipe, behind = command[begin.end() :].partition(" | ")
+    runner = CliRunner(env=settings | dict(variable.split("=", 1) for variable in begin[1].split()))
+    shown = runner.invoke(cli, shlex.split(arguments), prog_name="llm").output
+    return shell(behind, settings, shown) if pipe else shown
 
 
 def chat(command: str, typed: list[str], settings: dict[str, str]) -> str:
@@ -61,23 +90,18 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         yield {**environment(server.url), "LLM_USER_PATH": str(folder / "llm"), "HOME": str(folder), "PWD": str(folder)}
 
 
-def test_sessions_show_what_the_commands_print(settings: dict[str, str]) -> None:
+def test_sessions_show_what_the_commands_print(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, no_backoff: None
+) -> None:
     """Every console block, run in its order, prints what README says it prints."""
+    monkeypatch.chdir(settings["PWD"])
     assert len(blocks("console")) >= 6
     for block in blocks("console"):
         for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             if command.startswith("llm chat"):
                 shown = chat(command, re.findall(r"^> (.*)$", output, re.MULTILINE), settings)
             else:
-                shown = subprocess.run(
-                    ["bash", "-c", command],
-                    env=settings,
-                    cwd=settings["PWD"],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    timeout=60,
-                ).stdout
+                shown = run(command, settings)
             assert shown == output, command
 
 
@@ -95,17 +119,11 @@ def test_every_python_example_has_its_output() -> None:
     assert len(python_examples()) == len(blocks("python")) == 3
 
 
-def test_generated_parts_are_up_to_date(settings: dict[str, str]) -> None:
+def test_generated_parts_are_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The model table and the help texts of README are those of the code."""
-    result = subprocess.run(
-        [sys.executable, "-m", "cogapp", "--check", "--diff", "README.md"],
-        cwd=ROOT,
-        env=settings,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stdout
+    monkeypatch.chdir(ROOT)
+    code = Cog().main(["cog", "--check", "--diff", "README.md"])
+    assert code == 0, capsys.readouterr().out
 
 
 def test_ci_runs_the_test_command_of_readme() -> None:
