@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import Start, finish, output_until
+from conftest import Start, finish, invoke, output_until
 from llm.cli import cli
 from loopback import ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import Proxy
@@ -130,10 +130,10 @@ def test_a_server_that_does_not_come_to_an_end_is_given_up(server: Loopback, ans
     """`--timeout` bounds the whole answer, whatever the server does to look alive."""
     server.answer = answer
     began = time.monotonic()
-    result = check("--timeout", "0.5")
+    result = check("--timeout", "0.2")
     assert time.monotonic() - began < 10
     assert rows_of(result.output) == {
-        f"autonomous-{name}": (endpoint, f"127.0.0.1:{server.port}: no whole answer within 0.5 s")
+        f"autonomous-{name}": (endpoint, f"127.0.0.1:{server.port}: no whole answer within 0.2 s")
         for name, endpoint in ENDPOINTS.items()
     }
     assert result.exit_code == 1
@@ -316,10 +316,10 @@ def test_a_base_url_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("answer", [speak(), say([], status="500 Internal Server Error")], ids=["ok", "failing"])
-def test_nothing_is_logged(server: Loopback, start: Start, user_path: Path, answer: Answer) -> None:
+def test_nothing_is_logged(server: Loopback, user_path: Path, answer: Answer) -> None:
     """No database is made, and nothing else is written."""
     server.answer = answer
-    stdout, stderr, _ = finish(start("llm", "autonomous", "check", url=server.url))
+    stdout, stderr, _ = invoke("autonomous", "check")
     assert (len(rows_of(stdout)), stderr) == (5, "")
     assert list(user_path.rglob("*")) == []
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import pickle
 import socket
-import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,9 @@ import llm
 import pytest
 import sqlite_utils
 from click.testing import CliRunner
-from conftest import Ask
+from conftest import Ask, Start, finish, invoke
 from llm.migrations import migrate
-from loopback import DONE, Answer, Connection, Loopback, Request, delta, environment, event, say
+from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
 from proxies import free_port, tls
 
 from llm_autonomous import BASE_URL, AutonomousError
@@ -559,6 +560,14 @@ def test_deep_envelope_can_be_logged(ask: Ask, server: Loopback, key: str, brack
     assert logged(ask()) == 1
 
 
+@functools.cache
+def log() -> sqlite_utils.Database:
+    """An empty log of `llm`, which it takes 0.1 s to make."""
+    db = sqlite_utils.Database(memory=True)
+    migrate(db)
+    return db
+
+
 def logged(answer: Any) -> int:
     """How many rows `llm` writes for an answer."""
     assert answer.text == "one"
@@ -567,7 +576,7 @@ def logged(answer: Any) -> int:
         response = asyncio.run(response.to_sync_response())
     db = sqlite_utils.Database(memory=True)
     try:
-        migrate(db)
+        log().conn.backup(db.conn)
         response.log_to_db(db)
         return db["turns" if db["turns"].exists() else "responses"].count  # "responses" before llm 0.36
     finally:
@@ -602,37 +611,33 @@ def test_warning_of_an_answer_cut_short(ask: Ask, server: Loopback, end: str, ca
     assert [record.getMessage() for record in ours if record.levelno == logging.WARNING] == warnings
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-stream"], ["--async"]], ids=str)
-def test_warning_reaches_the_terminal(server: Loopback, flags: list[str]) -> None:
-    """A user who configured nothing sees the warning beside the answer."""
+def test_warning_reaches_the_terminal(server: Loopback, start: Start) -> None:
+    """A user who configured nothing sees the warning beside the answer: plain, with --no-stream and with --async."""
     server.answer = say([event(delta("one"))])
-    done = command(server, *flags)
-    assert (done.returncode, done.stdout) == (0, "one\n")
-    assert done.stderr == NO_END + "\n"
+    script = """if True:
+        from llm.cli import cli
+
+        for flags in ([], ["--no-stream"], ["--async"]):
+            cli.main(["-m", "autonomous-llama", "hi", *flags], standalone_mode=False)
+    """
+    done = finish(start(sys.executable, "-c", script, url=server.url))
+    assert done == ("one\n" * 3, f"{NO_END}\n" * 3, 0)
 
 
 # The error itself
-
-
-def command(server: Loopback, *flags: str) -> subprocess.CompletedProcess[str]:
-    """``llm -m autonomous-llama hi`` in a process of its own."""
-    arguments = ["llm", "-m", "autonomous-llama", "hi", *flags]
-    return subprocess.run(
-        arguments, env=environment(server.url), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--async"]], ids=str)
 def test_llm_shows_the_error_as_one_line(server: Loopback, flags: list[str]) -> None:
     """The command ends with exit code 1 and one line, behind the text that came before."""
     server.answer = say([event(delta("one ")), event({"error": HOSTILE})])
-    done = command(server, *flags)
-    assert done.returncode == 1
-    assert done.stdout.rstrip("\n") == "one "
+    stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", *flags)
+    assert code == 1
+    assert stdout.rstrip("\n") == "one "
     start = f"Error: 127.0.0.1:{server.port}: the service reports an error: ]0;owned [31mno luck 1m xxx"
-    assert done.stderr.startswith(start)
-    assert done.stderr.endswith("…\n")
-    assert done.stderr[:-1].isprintable()
+    assert stderr.startswith(start)
+    assert stderr.endswith("…\n")
+    assert stderr[:-1].isprintable()
 
 
 def test_error_is_what_llm_and_click_show() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import subprocess
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Ask
-from loopback import DONE, Answer, Connection, Loopback, Request, delta, environment, event, say
+from conftest import Ask, invoke
+from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
 from proxies import PEM, Proxy, TlsLoopback, free_port, run_python, tls
 
 import llm_autonomous
@@ -105,7 +105,7 @@ def test_redirects_to_the_same_host_are_not_followed_either(ask: Ask, server: Lo
 # A prompt goes to no host but the one named; nothing a server sends is executed or written to disk
 
 WATCHED = """
-import asyncio, contextlib, os, sys
+import asyncio, contextlib, json, os, sys
 import llm
 
 model, async_model = llm.get_model("autonomous-llama"), llm.get_async_model("autonomous-llama")
@@ -113,9 +113,9 @@ model, async_model = llm.get_model("autonomous-llama"), llm.get_async_model("aut
 async def ask_async():
     return await async_model.prompt("hi").text()
 
-def ask():
+def ask(kind):
     with contextlib.suppress(llm.ModelError):
-        model.prompt("hi").text() if sys.argv[1] == "sync" else asyncio.run(ask_async())
+        model.prompt("hi").text() if kind == "sync" else asyncio.run(ask_async())
 
 events = []
 watching = False
@@ -136,13 +136,15 @@ def watch(event, arguments):
     elif event in DOES:
         events.append(f"{event} {arguments[0]!r}")
 
-ask()  # imports, and makes what is kept
 sys.addaudithook(watch)
-watching = True
-for _ in range(int(sys.argv[2])):
-    ask()
-watching = False
-print("\\n".join(dict.fromkeys(events)))
+for kind in ("sync", "async"):
+    ask(kind)  # imports, and makes what is kept
+    watching = True
+    for _ in range(int(sys.argv[1])):
+        ask(kind)
+    watching = False
+    print(json.dumps([*dict.fromkeys(events)]))
+    events.clear()
 """
 
 HOSTILE = "__import__('os').system('touch owned'); `touch owned`; $(touch owned) ../../owned"
@@ -191,23 +193,27 @@ HOSTILES: list[Answer] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_prompt_reaches_the_host_named_and_does_nothing_else(kind: str, server: Loopback) -> None:
-    """A prompt connects to the server it was told and to none beside it; nothing that comes back is executed, and
-    no file is written, as Python's own audit events tell."""
-    server.answers += [drop_when_done, *HOSTILES]
-    events = run_python(WATCHED, kind, str(len(HOSTILES))).splitlines()
-    assert set(events) - {"", "look up 127.0.0.1"} == {f"connect 127.0.0.1:{server.port}"}
-    assert len(server.requests) == 1 + len(HOSTILES)
+def test_prompt_reaches_the_host_named_and_does_nothing_else(server: Loopback) -> None:
+    """A prompt, sync or async, connects to the server it was told and to none beside it; nothing that comes back is
+    executed, and no file is written, as Python's own audit events tell."""
+    server.answers += [drop_when_done, *HOSTILES] * 2
+    watched = run_python(WATCHED, str(len(HOSTILES))).splitlines()
+    assert len(watched) == 2
+    for line in watched:
+        assert {*json.loads(line)} - {"look up 127.0.0.1"} == {f"connect 127.0.0.1:{server.port}"}
+    assert len(server.requests) == 2 * (1 + len(HOSTILES))
 
 
 def test_audit_would_tell(server: Loopback) -> None:
     """The test above sees a file that is written, a name that is looked up and a command that is run."""
-    tattle = "def ask(): open(os.devnull, 'w').close(); asyncio.run(ask_async()); os.system('true')\nevents = []"
-    events = run_python(WATCHED.replace("events = []", tattle), "sync", "1").splitlines()
-    assert "write /dev/null" in events
-    assert f"connect 127.0.0.1:{server.port}" in events
-    assert "os.system b'true'" in events
+    tattle = "def ask(_): open(os.devnull, 'w').close(); asyncio.run(ask_async()); os.system('true')\nevents = []"
+    watched = run_python(WATCHED.replace("events = []", tattle), "1").splitlines()
+    assert len(watched) == 2
+    for line in watched:
+        events = json.loads(line)
+        assert "write /dev/null" in events
+        assert f"connect 127.0.0.1:{server.port}" in events
+        assert "os.system b'true'" in events
 
 
 def test_cookies_of_a_server_are_not_sent_back(ask: Ask, server: Loopback) -> None:
@@ -320,24 +326,13 @@ def test_password_that_a_proxy_refuses_is_not_told(
     assert SECRET not in everything_said(answer.error, caplog)
 
 
-def llm_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """What `llm` does with these arguments and variables, in a process of its own."""
-    settings = {**environment(variables.pop("url")), **variables}
-    for name in ("NO_PROXY", "no_proxy"):
-        settings.pop(name)
-    command = ["llm", *arguments]
-    return subprocess.run(
-        command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-def test_passwords_are_not_in_the_database(server: Loopback, user_path: Path) -> None:
+def test_passwords_are_not_in_the_database(server: Loopback, user_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `llm` logs of a prompt, and what it prints, holds the password of neither proxy nor server."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://user:{SECRET}@service.test:{server.port}")
     with Proxy() as proxy:
-        url = f"http://user:{SECRET}@service.test:{server.port}"
-        done = llm_command("-m", "autonomous-llama", "hi", url=url, HTTP_PROXY=proxy.url_for(f"user:{SECRET}"))
+        monkeypatch.setenv("HTTP_PROXY", proxy.url_for(f"user:{SECRET}"))
+        assert invoke("-m", "autonomous-llama", "hi") == (f"{GOOD}\n", "", 0)
         assert proxy.credentials == {f"user:{SECRET}"}
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{GOOD}\n", "")
     files = [path for path in user_path.rglob("*") if path.is_file()]
     assert "logs.db" in [path.name for path in files]
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
@@ -346,10 +341,10 @@ def test_passwords_are_not_in_the_database(server: Loopback, user_path: Path) ->
 def test_password_in_the_proxy_option_is_refused(server: Loopback, user_path: Path) -> None:
     """A password in -o proxy is refused before anything is sent or logged, and not repeated."""
     proxy = f"http://user:{SECRET}@127.0.0.1:{free_port()}"
-    done = llm_command("-m", "autonomous-llama", "hi", "-o", "proxy", proxy, url=server.url)
-    assert done.returncode != 0
-    assert "HTTPS_PROXY" in done.stderr
-    assert SECRET not in done.stdout + done.stderr
+    stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", "-o", "proxy", proxy)
+    assert code != 0
+    assert "HTTPS_PROXY" in stderr
+    assert SECRET not in stdout + stderr
     assert server.requests == []
     assert not [path for path in user_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
@@ -453,7 +448,7 @@ def test_words_of_a_proxy_are_not_raw_in_an_error(ask: Ask, monkeypatch: pytest.
 def test_error_of_the_command_line_is_one_plain_line(server: Loopback) -> None:
     """What reaches the terminal of a user has no escape in it."""
     server.answer = raw_status(b"400 Bad", body=RAW.encode())
-    done = llm_command("-m", "autonomous-llama", "hi", url=server.url)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: ")
-    assert done.stderr.rstrip("\n").isprintable()
+    _, stderr, code = invoke("-m", "autonomous-llama", "hi")
+    assert code == 1
+    assert stderr.startswith("Error: ")
+    assert stderr.rstrip("\n").isprintable()
