@@ -53,6 +53,11 @@ both = pytest.mark.parametrize("kind", ["sync", "async"])
 @pytest.mark.parametrize("turns", [10, 40])
 def test_turns_use_one_connection(turns: int, kind: str, server: Loopback) -> None:
     """Ten turns of a conversation, or forty, are that many requests on one TCP connection."""
+
+    async def echo(request: Request, connection: Connection) -> None:
+        await connection.whole(event(delta(request.messages[-1]["content"], finish_reason="stop")) + DONE)
+
+    server.answer = echo
     answers = ask_in_turns(kind, turns)
     assert [f"turn {turn}" in answer for turn, answer in enumerate(answers)] == [True] * turns
     assert len(server.requests) == turns

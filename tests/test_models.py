@@ -291,16 +291,22 @@ def test_a_broken_environment_is_one_line_for_a_prompt(
     assert "hunter2" not in line
 
 
-def test_loading_the_module_imports_no_http_client() -> None:
-    """httpx, httpcore, ssl and asyncio wait for the first prompt, though `llm` itself may have loaded some."""
+def test_loading_the_module_imports_no_http_client_and_nothing_beside_what_llm_has() -> None:
+    """No third-party package of its own: what is new is the standard library's, or the module itself; and httpx,
+    httpcore, ssl and asyncio wait for the first prompt, though `llm` itself may have loaded some."""
     script = """
         import json, sys
         import llm.cli
 
+        before = set(sys.modules)
+        import llm_autonomous
+        new = {name.split(".")[0] for name in set(sys.modules) - before}
+        new = sorted(new - sys.stdlib_module_names)
+
         heavy = ("httpx", "httpcore", "h11", "anyio", "ssl", "_ssl", "asyncio")
-        for name in list(sys.modules):  # else what llm has imported would hide what the module imports
-            if name.split(".")[0] in heavy:
-                del sys.modules[name]
+        # Once more; and else what llm has imported would hide what the module imports.
+        for name in {*sys.modules} - before | {name for name in sys.modules if name.split(".")[0] in heavy}:
+            del sys.modules[name]
         wanted = []
 
         class Refuse:
@@ -314,23 +320,9 @@ def test_loading_the_module_imports_no_http_client() -> None:
         import llm_autonomous
         llm_autonomous.register_models(lambda *models, aliases: None, [])
         llm_autonomous.register_commands(llm.cli.cli)
-        print(json.dumps([wanted, "llm_autonomous" in set(sys.modules) - before]))
+        print(json.dumps([new, wanted, "llm_autonomous" in set(sys.modules) - before]))
     """
-    assert python(script) == [[], True]
-
-
-def test_loading_the_module_imports_nothing_beside_what_llm_has() -> None:
-    """No third-party package of its own: what is new is the standard library's, or the module itself."""
-    script = """
-        import json, sys
-        import llm.cli
-
-        before = set(sys.modules)
-        import llm_autonomous
-        new = {name.split(".")[0] for name in set(sys.modules) - before}
-        print(json.dumps(sorted(new - sys.stdlib_module_names)))
-    """
-    assert python(script) == ["llm_autonomous"]
+    assert python(script) == [["llm_autonomous"], [], True]
 
 
 # The package

@@ -553,6 +553,8 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storm]:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.delenv("LLM_LOAD_PLUGINS", raising=False)
         monkeypatch.setattr(llm_autonomous, "BACKOFF", (0.01, 0.02))
+        monkeypatch.setattr(llm_autonomous, "DRAIN_TIMEOUT", 0.1)
+        monkeypatch.setattr(llm_autonomous, "ERROR_BODY_TIMEOUT", SILENCE)
         earlier = pools()  # of other tests
         asyncio.run(hold(storm, server, earlier))
         sync_pools = [pool for pool in pools() if pool not in earlier and type(pool) is httpcore.ConnectionPool]
