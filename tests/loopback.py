@@ -229,6 +229,22 @@ def say(pieces: Iterable[bytes], pause: float = 0.0, **head: Any) -> Answer:
     return answer
 
 
+class Reader(asyncio.StreamReader):
+    """What comes from a client, and word of when nothing more will."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone = asyncio.Event()
+
+    def feed_eof(self) -> None:
+        super().feed_eof()
+        self.gone.set()
+
+    def set_exception(self, exc: Exception) -> None:
+        super().set_exception(exc)
+        self.gone.set()
+
+
 class Server:
     """A server on 127.0.0.1 in a thread of its own, for the length of a ``with``; its kinds say how to `converse`."""
 
@@ -250,7 +266,9 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        server = await asyncio.start_server(self._accept, "127.0.0.1", ssl=self._tls, backlog=2048)
+        server = await self._loop.create_server(
+            lambda: asyncio.StreamReaderProtocol(Reader(), self._accept), "127.0.0.1", ssl=self._tls, backlog=2048
+        )
         self.port: int = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stopping.wait()
@@ -259,7 +277,7 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: Reader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -272,7 +290,7 @@ class Server:
                 writer.transport.abort()
             self._tasks.discard(task)
 
-    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def converse(self, reader: Reader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
         raise NotImplementedError
 
@@ -302,7 +320,7 @@ class Loopback(Server):
     def last(self) -> Request:
         return self.requests[-1]
 
-    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def converse(self, reader: Reader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         number = self.connections
         self.open.add(number)
@@ -311,7 +329,8 @@ class Loopback(Server):
                 self.requests.append(request)
                 connection = Connection(writer, stopping=self._stopping)
                 answer = self.answers.popleft() if self.answers else self.answer
-                gone = asyncio.create_task(self._gone(reader))
+                # The client sends nothing before the reply is over.
+                gone = asyncio.create_task(reader.gone.wait())
                 answering = asyncio.ensure_future(answer(request, connection))
                 await asyncio.wait({gone, answering}, return_when=asyncio.FIRST_COMPLETED)
                 client_left = not answering.done()
@@ -328,11 +347,6 @@ class Loopback(Server):
             self.errors.append(error)
         finally:
             self.open.discard(number)
-
-    async def _gone(self, reader: asyncio.StreamReader) -> None:
-        """Ends when the client has closed its end; the client sends nothing before the reply is over."""
-        while not reader.at_eof():
-            await asyncio.sleep(0.005)
 
     async def _read(self, reader: asyncio.StreamReader, number: int) -> AsyncIterator[Request]:
         while True:
