@@ -99,9 +99,9 @@ numbers = itertools.count()
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No proxies, no user's settings, and no connection of an earlier test."""
+    """No proxies, no user's settings, no coverage of processes, and no connection of an earlier test."""
     for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("AUTONOMOUS_", "LLM_", "SSL_CERT_")):
+        if name.lower().endswith("_proxy") or name.startswith(("AUTONOMOUS_", "COVERAGE_", "LLM_", "SSL_CERT_")):
             monkeypatch.delenv(name)
     # Only named: `llm` makes it where it is needed, and `mktemp` would look through the folders of all tests before.
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path_factory.getbasetemp() / f"llm{next(numbers)}"))

@@ -72,7 +72,7 @@ def test_a_prompt_is_answered_and_logged(llm_: Llm, server: Loopback, settings: 
 
 def test_a_prompt_can_be_piped_in(server: Loopback, start: Start) -> None:
     """What comes through a pipe stands before the prompt, whatever its script."""
-    process = start("llm", "-m", "autonomous-qwen-coder", "Explain", url=server.url, typed="print('Привет 𝄞')\n")
+    process = start("llm", "-m", "autonomous-qwen-coder", "Explain", "-n", url=server.url, typed="print('Привет 𝄞')\n")
     stdout, stderr, code = finish(process)
     assert stdout.startswith("qwen_coder heard: ")
     assert (stderr, code) == ("", 0)
@@ -96,7 +96,7 @@ def test_text_is_shown_as_it_arrives(server: Loopback, start: Start) -> None:
         from llm.cli import cli
 
         for settings in ([], ["--async"]):
-            cli.main(["-m", "autonomous-llama", "hi", *settings], standalone_mode=False)
+            cli.main(["-m", "autonomous-llama", "hi", "--no-log", *settings], standalone_mode=False)
     """
     process = start(sys.executable, "-c", script, url=server.url)
     try:
@@ -220,7 +220,7 @@ def test_text_that_came_before_an_error_stays(server: Loopback, settings: list[s
         await connection.drop()
 
     server.answer = answer
-    stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", *settings)
+    stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", "--no-log", *settings)
     assert stdout == "half an "
     assert stderr.strip() == (
         f"Error: 127.0.0.1:{server.port}: the answer is incomplete: the connection was lost in the middle of the reply"
@@ -266,7 +266,7 @@ def test_the_loopback_serves_until_ctrl_c(start: Start, monkeypatch: pytest.Monk
     variable, _, url = output_until(process, "\n").strip().partition("=")
     assert variable == "export AUTONOMOUS_BASE_URL"
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
-    assert invoke("-m", "autonomous-summary", "Hello") == ("summary heard: Hello\n", "", 0)
+    assert invoke("-m", "autonomous-summary", "Hello", "--no-log") == ("summary heard: Hello\n", "", 0)
     process.send_signal(signal.SIGINT)
     assert finish(process) == ("", "", 0)
 

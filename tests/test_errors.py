@@ -618,7 +618,7 @@ def test_warning_reaches_the_terminal(server: Loopback, start: Start) -> None:
         from llm.cli import cli
 
         for flags in ([], ["--no-stream"], ["--async"]):
-            cli.main(["-m", "autonomous-llama", "hi", *flags], standalone_mode=False)
+            cli.main(["-m", "autonomous-llama", "hi", "--no-log", *flags], standalone_mode=False)
     """
     done = finish(start(sys.executable, "-c", script, url=server.url))
     assert done == ("one\n" * 3, f"{NO_END}\n" * 3, 0)
@@ -631,7 +631,7 @@ def test_warning_reaches_the_terminal(server: Loopback, start: Start) -> None:
 def test_llm_shows_the_error_as_one_line(server: Loopback, flags: list[str]) -> None:
     """The command ends with exit code 1 and one line, behind the text that came before."""
     server.answer = say([event(delta("one ")), event({"error": HOSTILE})])
-    stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", *flags)
+    stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", "--no-log", *flags)
     assert code == 1
     assert stdout.rstrip("\n") == "one "
     start = f"Error: 127.0.0.1:{server.port}: the service reports an error: ]0;owned [31mno luck 1m xxx"
