@@ -431,10 +431,10 @@ def test_surplus_connections_are_closed_when_they_have_expired(
 # Forks
 
 
-def processes_by_connection(server: Loopback) -> dict[int, set[str]]:
+def processes_by_connection(requests: list[Request]) -> dict[int, set[str]]:
     """Which processes, by the first word of their prompts, used each connection."""
     used = defaultdict(set)
-    for request in server.requests:
+    for request in requests:
         used[request.connection].add(request.messages[-1]["content"].split()[0])
     return used
 
@@ -504,14 +504,15 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("fork", FORKS)
-def test_forked_children_open_their_own_connections(fork: str, server: Loopback) -> None:
-    """After a fork, parent and children each have a connection of their own, and get their own answers."""
-    assert run_python(TALK + FORKS[fork], flags=FORKING) == ""
-    used = processes_by_connection(server)
-    assert len(server.requests) == 28
-    assert len(used) == 5
-    assert len(set.union(*used.values())) == 5
+def test_forked_children_open_their_own_connections(server: Loopback) -> None:
+    """After a fork, parent and children each have a connection of their own, and get their own answers: by os.fork, by
+    multiprocessing and within an event loop, one behind the other in one process."""
+    assert run_python(TALK + "".join(FORKS.values()), flags=FORKING) == ""
+    assert len(server.requests) == 28 * len(FORKS)
+    for number, fork in enumerate(FORKS):
+        used = processes_by_connection(server.requests[28 * number :][:28])
+        assert len(used) == 5, fork
+        assert len(set.union(*used.values())) == 5, fork
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -88,7 +88,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     folder = tmp_path_factory.mktemp("readme")
     (folder / "photo.png").write_bytes(PNG)
     with Loopback() as server:
-        yield {**environment(server.url), "LLM_USER_PATH": str(folder / "llm"), "HOME": str(folder), "PWD": str(folder)}
+        # Coverage is for the workers of pytest-xdist, not for processes that tests start.
+        kept = {name: value for name, value in environment(server.url).items() if not name.startswith("COVERAGE_")}
+        yield {**kept, "LLM_USER_PATH": str(folder / "llm"), "HOME": str(folder), "PWD": str(folder)}
 
 
 def test_sessions_show_what_the_commands_print(
