@@ -11,6 +11,7 @@ Whatever is not about moving bytes stands once, for sync and async alike.
 
 from __future__ import annotations
 
+import ast
 import atexit
 import base64
 import contextlib
@@ -26,15 +27,17 @@ import re
 import sys
 import threading
 import time
+import uuid
+import warnings
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import click
 import llm
 from llm.models import ModelWithAliases
-from llm.parts import AttachmentPart, Part, TextPart, ToolCallPart, ToolResultPart
+from llm.parts import AttachmentPart, Part, StreamEvent, TextPart, ToolCallPart, ToolResultPart
 from llm.utils import simplify_usage_dict
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
@@ -80,6 +83,9 @@ CODINGS = re.compile(r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack20
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body or a web page
+MAX_HELD = 256  # characters of white space, or of JSON, until it is known whether a call begins
+MAX_TAG = 15  # characters of the longest tag
+MAX_LITERALS = 64 * 1024  # characters of a call that is written in Python's literals
 MAX_EXCERPT = 300  # characters of a server's words in an error
 
 
@@ -170,22 +176,60 @@ def is_proxy_url(url: str) -> bool:
         return False
 
 
-def build_messages(messages: list[llm.Message], image_types: frozenset[str]) -> list[dict[str, Any]]:
+TOOL_INSTRUCTIONS = """\
+You can call these tools:
+<tools>
+{tools}
+</tools>
+To call one, write this and nothing behind it:
+<tool_call>
+{{"name": "the name of the tool", "arguments": {{"argument": "value"}}}}
+</tool_call>
+Several calls are written one behind the other. You are then given the results in <tool_response>: never write them \
+yourself. If you need no tool, just answer."""
+SCHEMA_INSTRUCTIONS = """\
+{when}nswer with one JSON value that matches this JSON schema, and with nothing else: no code fence, no words.
+{schema}"""
+
+
+def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> str:
+    """What stands in the system prompt, since the wire has no fields for it: how to call tools, and what to answer."""
+    instructions = []
+    if tools:
+        lines = []
+        for tool in tools:
+            described = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
+            lines.append(json.dumps({key: value for key, value in described.items() if value is not None}))
+        instructions.append(TOOL_INSTRUCTIONS.format(tools="\n".join(lines)))
+    if schema:
+        when = "When you call no tool, a" if tools else "A"
+        instructions.append(SCHEMA_INSTRUCTIONS.format(when=when, schema=json.dumps(schema)))
+    return "\n\n".join(instructions)
+
+
+def build_messages(
+    messages: list[llm.Message], image_types: frozenset[str], tools: bool = False, instructions: str = ""
+) -> list[dict[str, Any]]:
     """The message list of PROTOCOL.md, ``[{"role": …, "content": …}, …]``, for a whole conversation.
 
-    ``content`` is a string, or OpenAI content parts where there are images of ``image_types``. What the wire
-    format cannot carry (tool calls and results, other attachments) becomes a bracketed note in the text, so
-    that a conversation begun with another model can go on; reasoning, and messages left empty, are left out.
+    ``content`` is a string, or OpenAI content parts where there are images of ``image_types``. Earlier tool calls and
+    their results stand as the model would write and be given them, if this prompt has ``tools``. Else they become
+    bracketed notes, as does what else the wire format cannot carry, so that a conversation begun with another model
+    can go on; reasoning, and messages left empty, are left out. ``instructions`` end the system prompt.
     """
-    built = []
+    built: list[dict[str, Any]] = []
     for message in messages:
-        if content := build_content(message.parts, image_types):
+        if content := build_content(message.parts, image_types, tools):
             role = message.role if message.role in ("system", "assistant") else "user"
             built.append({"role": role, "content": content})
+    if instructions:
+        if not (built and built[0]["role"] == "system"):
+            built.insert(0, {"role": "system", "content": ""})
+        built[0]["content"] = f"{built[0]['content']}\n\n{instructions}".lstrip()
     return built
 
 
-def build_content(parts: list[Part], image_types: frozenset[str]) -> str | list[dict[str, Any]]:
+def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -> str | list[dict[str, Any]]:
     """The ``content`` of one message: its text, or its text and then its images."""
     blocks: list[str] = []
     images: list[dict[str, Any]] = []
@@ -200,10 +244,9 @@ def build_content(parts: list[Part], image_types: frozenset[str]) -> str | list[
         elif isinstance(part, AttachmentPart) and part.attachment:
             attachments = [part.attachment]
         elif isinstance(part, ToolCallPart):
-            blocks.append(f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]")
+            blocks.append(tool_call_text(part) if tools else tool_call_note(part))
         elif isinstance(part, ToolResultPart):
-            outcome = f"failed: {part.exception}" if part.exception else f"returned: {part.output}"
-            blocks.append(f"[the tool {part.name} {outcome}]")
+            blocks.append(tool_result_text(part) if tools else tool_result_note(part))
             attachments = part.attachments
         for attachment in attachments:
             if url := image_url(attachment, image_types):
@@ -215,6 +258,27 @@ def build_content(parts: list[Part], image_types: frozenset[str]) -> str | list[
     if not images:
         return text
     return [{"type": "text", "text": text}, *images] if text else images
+
+
+def tool_call_text(part: ToolCallPart) -> str:
+    call = {"name": part.name, "arguments": part.arguments}
+    return f"<tool_call>\n{json.dumps(call, default=str)}\n</tool_call>"
+
+
+def tool_result_text(part: ToolResultPart) -> str:
+    result = {"name": part.name, "content": part.output}
+    if part.exception:
+        result["error"] = part.exception
+    return f"<tool_response>\n{json.dumps(result, default=str)}\n</tool_response>"
+
+
+def tool_call_note(part: ToolCallPart) -> str:
+    return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
+
+
+def tool_result_note(part: ToolResultPart) -> str:
+    outcome = f"failed: {part.exception}" if part.exception else f"returned: {part.output}"
+    return f"[the tool {part.name} {outcome}]"
 
 
 def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
@@ -484,40 +548,381 @@ class Completion:
         return text
 
 
+class ToolCallParser:
+    """The text of an answer in, its text and its tool calls out. It is there only where tools were given to the model.
+
+    Reads what Hermes, Qwen and Llama write: calls in ``<tool_call>`` or ``<tools>``, and JSON that is the whole reply,
+    bare, behind ``<|python_tag|>`` or in a fence, if it calls nothing but ``names``. All else is text, to the last
+    character; only white space next to a call is dropped. `feed` gives both in order, the same for every way the text
+    can be cut, at a cost of O(n), and never raises: a call that cannot be read ends up in `error`, with a correction.
+    What may still become a call is held, up to `MAX_EVENT_BYTES` characters.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
+        self.calls = 0  # how many have come out
+        self.finished = False  # the model makes up results: nothing behind its calls is its answer
+        self.error: AutonomousError | None = None
+        self._read = ToolCallParser._read_start  # what reads on
+        self._rest = ""  # a few characters whose meaning depends on the next
+        self._after_call = False  # what comes next may be white space between calls
+        self._bare: list[str] = []  # all of a reply that begins as a call
+        # The JSON behind a tag
+        self._tag = ""
+        self._value: list[str] = []
+        self._size = 0  # in characters
+        self._depth = 0  # how many brackets are open
+        self._quote = ""  # of the string that is open
+        self._escaped = False  # its next character stands behind a backslash
+
+    def feed(self, pieces: Iterable[Any], end: bool = False) -> list[Any]:
+        """The text and the calls that ``pieces``, the next text of the answer, completes, or its end."""
+        out: list[Any] = []
+        text, self._rest = self._rest + "".join(pieces), ""
+        position = 0
+        try:
+            while position < len(text) and not self.finished and not self.error:
+                position = self._read(self, text, position, end, out)
+            if end and self._value and not self.error:
+                raise broken_call("it is cut off", "".join(self._value))
+        except AutonomousError as error:
+            self.error = error
+        if end and self._bare:
+            bare = "".join(self._bare)
+            out += read_bare_calls(bare, self.names) or [bare]
+        return out
+
+    # Each of these reads on from a position, and returns the one from which the next is to read.
+
+    def _wait(self, text: str, position: int) -> int:
+        self._rest = text[position:]
+        return len(text)
+
+    def _read_start(self, text: str, position: int, end: bool, out: list[Any]) -> int:
+        begin = _bare_opening(text, position).end()
+        look = text[begin : begin + MAX_HELD]
+        called = may_be_call(look, self.names) if begin - position < MAX_HELD else False
+        if called is None and not end and len(look) < MAX_HELD:
+            return self._wait(text, position)
+        self._read = ToolCallParser._read_bare if called else ToolCallParser._read_text
+        return position
+
+    def _read_bare(self, text: str, position: int, end: bool, out: list[Any]) -> int:
+        self._hold(self._bare, text[position:])
+        return len(text)
+
+    def _hold(self, held: list[str], text: str) -> None:
+        held.append(text)
+        self._size += len(text)
+        if self._size > MAX_EVENT_BYTES:
+            raise too_large("a tool call")
+
+    def _read_text(self, text: str, position: int, end: bool, out: list[Any]) -> int:
+        begin = _space(text, position).end() if self._after_call else position
+        if begin - position >= MAX_HELD:
+            begin = position
+        tag = _find_tag(text, begin)
+        stop = tag.start() if tag else len(text)
+        if not tag and not end:
+            cut = text.rfind("<", max(begin, stop - MAX_TAG))
+            stop = cut if cut >= 0 and is_start(text[cut:], _TAGS) else stop
+        if stop > begin:
+            out.append(text[position:stop])
+            self._after_call = False
+            return stop
+        if tag is None:  # there is only white space behind a call, and the beginning of a tag
+            return len(text) if end else self._wait(text, position)
+        behind = _space(text, tag.end()).end()
+        if tag[1] == "tool_response":
+            self.finished = self.calls > 0
+        elif behind - tag.end() < MAX_HELD:
+            if behind == len(text) and not end:
+                return self._wait(text, position)
+            if text[behind : behind + 1] in ("{", "["):
+                self._tag, self._size = text[position:behind], 0
+                self._read = ToolCallParser._read_value
+                return behind
+        if not self.finished:
+            out.append(text[position : tag.end()])
+            self._after_call = False
+        return tag.end()
+
+    def _read_value(self, text: str, position: int, end: bool, out: list[Any]) -> int:
+        start = position
+        if self._escaped:
+            position, self._escaped = position + 1, False
+        while position < len(text):
+            found = _find_mark[self._quote](text, position)
+            mark = found[0] if found else ""
+            position = found.end() if found else len(text)
+            if mark == "\\":
+                self._escaped = position == len(text)
+                position += 1
+            elif mark and self._quote:
+                self._quote = ""
+            elif mark in ("'", '"'):
+                self._quote = mark
+            elif mark:
+                self._depth += 1 if mark in "{[" else -1
+                if self._depth == 0 or mark == "<":  # which stands in JSON only in a string
+                    self._hold(self._value, text[start:position])
+                    self._end_value(out)
+                    return position
+        self._hold(self._value, text[start:])
+        return len(text)
+
+    def _end_value(self, out: list[Any]) -> None:
+        text, self._value = "".join(self._value), []
+        try:
+            values, _ = read_values(text)
+            if "<tools>" in self._tag and any(isinstance(v, dict) and "description" in v for v in values):
+                out.append(self._tag + text)  # the tools as they were given to the model
+                self._read = ToolCallParser._read_text
+                return
+            calls = [read_call(value) for value in values]
+        except ValueError as error:
+            raise broken_call(str(error), text) from None
+        out += calls
+        self.calls += len(calls)
+        self._read = ToolCallParser._read_between
+
+    def _read_between(self, text: str, position: int, end: bool, out: list[Any]) -> int:
+        begin = _separator(text, position).end()
+        look = text[begin : begin + MAX_TAG]
+        if begin - position < MAX_HELD:
+            if look.startswith(("{", "[")):
+                self._read = ToolCallParser._read_value
+                return begin
+            if look.startswith(("}", "]", '"', "'")):
+                raise broken_call("it goes on behind its end", look[0])
+            if not end and is_start(look, _CLOSINGS):
+                return self._wait(text, position)
+        self._read, self._after_call = ToolCallParser._read_text, True
+        closing = next((word for word in _CLOSINGS if look.startswith(word)), "")
+        return begin + len(closing) if closing else position
+
+
+_TAGS = ("<tool_call>", "<tools>", "<tool_response>")
+_CLOSINGS = ("</tool_call>", "</tools>")
+_find_tag = re.compile("<(tool_call|tools|tool_response)>").search
+_find_mark = {
+    quote: re.compile(rf"[{marks}]").search for quote, marks in {"": r"\"'{}\[\]<", '"': r"\"\\", "'": r"'\\"}.items()
+}
+_separator = cast(Callable[..., re.Match[str]], re.compile(r"[\s;,]*").match)
+_bare_opening = cast(Callable[..., re.Match[str]], re.compile(r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?").match)
+_first_key = re.compile(r"[\[\s]*\{\s*([\"'])(\w+)\1\s*:\s*").match
+_before_first_key = re.compile(r"[\[\s]*(\{\s*(([\"'])\w*(\3\s*)?)?)?").fullmatch
+_strings = re.compile(r"""("(\\.|[^"\\])*"|'(\\.|[^'\\])*')""", re.DOTALL).sub
+_string = re.compile(r"([\"'])([^\"'\\]*)\1").match
+_CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "id"))
+
+
+def is_start(text: str, words: Iterable[str]) -> bool:
+    return any(word.startswith(text) for word in words)
+
+
+def may_be_call(start: str, names: Collection[str]) -> bool | None:
+    """Whether a reply that begins with the JSON of ``start`` may be a call of one of ``names``; None: not known yet."""
+    key = _first_key(start)
+    if key is None:
+        return None if _before_first_key(start) or is_start(start, ("<|python_tag|>", "```json", "json")) else False
+    if key[2] != "name":
+        return key[2] in _CALL_KEYS
+    name = _string(start, key.end())
+    return name[2] in names if name else None
+
+
+def read_bare_calls(text: str, names: Collection[str]) -> list[llm.ToolCall]:
+    """The calls that a whole reply is, none if it is anything else."""
+    try:
+        values, rest = read_values(text[_bare_opening(text).end() :])
+        calls = [read_call(value) for value in values]
+    except ValueError:
+        return []
+    only = rest.startswith("<tool_response>") or rest.strip() in ("", "```")
+    return calls if only and all(call.name in names for call in calls) else []
+
+
+def read_values(text: str) -> tuple[list[Any], str]:
+    """The JSON values at the start of ``text``, lists taken apart, and what stands behind them.
+
+    Raw line breaks in strings are read, and Python's literals as what they would be in JSON.
+    """
+    values: list[Any] = []
+    position = _separator(text, 0).end()
+    while text[position : position + 1] in ("{", "["):
+        try:
+            value, position = _decode_json(text, position)
+        except (ValueError, RecursionError) as error:
+            value, position = read_literals(text[position:]), len(text)
+            if value is None:
+                reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"it is no valid JSON: {reason}") from None
+        values += value if isinstance(value, list) else [value]
+        position = _separator(text, position).end()
+    return values, text[position:]
+
+
+def read_literals(text: str) -> list[Any] | None:
+    """Python literals, one a line or behind ``;``, as the values that they would be in JSON; None if they are none."""
+    text = _strings(lambda string: string[0].replace("\n", "\\n"), text.strip().removesuffix("```"))
+    values: list[Any] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+        try:
+            for statement in ast.parse(text[:MAX_LITERALS]).body:
+                value = json.loads(json.dumps(ast.literal_eval(cast(ast.Expr, statement).value)))
+                values += value if isinstance(value, list) else [value]
+        except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
+            return None
+    return values
+
+
+def read_call(value: Any) -> llm.ToolCall:
+    """The call that a JSON value is, in any of the shapes that models know; a `ValueError` says why it is none."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    name, arguments = value.get("name", value.get("function")), value.get("arguments", value.get("parameters"))
+    if not (isinstance(name, str) and name.strip() and name.isprintable()):
+        raise ValueError('its "name" is not the name of a tool')
+    if arguments is None and not _CALL_KEYS.issuperset(value):
+        raise ValueError('it has no "arguments"')
+    if isinstance(arguments, str):
+        values, rest = read_values(arguments)
+        arguments = values[0] if len(values) == 1 and not rest else arguments or None
+    if not isinstance(arguments, (dict, type(None))):
+        raise ValueError('its "arguments" are no JSON object')
+    return llm.ToolCall(name=name, arguments=arguments or {}, tool_call_id=f"call_{uuid.uuid4().hex}")
+
+
+class SchemaReader:
+    """The text of an answer in, and at its end the JSON in it that matches a schema, alone; calls go past it.
+
+    Half of a JSON value, or one that then does not match, helps nobody: all is held, up to `MAX_EVENT_BYTES`
+    characters. No match ends up in `error`, with a correction. The text of an answer that calls tools is dropped, since
+    it is not the final one.
+    """
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        import jsonschema  # which takes longer to import than all else here
+        import referencing
+
+        try:
+            kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+            kind.check_schema(schema)
+        except Exception as error:  # a schema can be wrong in ways that jsonschema did not foresee
+            reason = quoted(getattr(error, "message", str(error)))
+            raise AutonomousError(f"the schema is no JSON schema: {reason}; nothing was sent") from None
+        # With a registry of its own, a $ref to another host is not fetched.
+        self._errors = kind(schema, registry=referencing.Registry()).iter_errors
+        self._best = jsonschema.exceptions.best_match
+        self._held: list[str] = []
+        self._size = 0
+        self._called = False
+        self.finished = False
+        self.error: AutonomousError | None = None
+
+    def feed(self, pieces: Iterable[Any], end: bool = False) -> list[Any]:
+        """The calls among ``pieces``, and at the end of the answer its JSON."""
+        out: list[Any] = []
+        for piece in pieces:
+            if not isinstance(piece, str):
+                self._called = True
+                out.append(piece)
+                continue
+            self._size += len(piece)
+            if self._size > MAX_EVENT_BYTES:
+                self.error = too_large("an answer to a schema")
+            else:
+                self._held.append(piece)
+        if end and not self._called and not self.error:
+            try:
+                out.append(self._match("".join(self._held)))
+            except AutonomousError as error:
+                self.error = error
+        return out
+
+    def _match(self, text: str) -> str:
+        """The largest JSON value of an answer that matches."""
+        problem = "there is no JSON in it"
+        for value, json_text in sorted(find_json(text), key=lambda found: -len(found[1])):
+            try:
+                error = self._best(self._errors(value))
+            except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
+                raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
+            if error is None:
+                return json_text
+            if not problem.startswith("$"):
+                problem = quoted(f"{error.json_path}: {error.message}")
+        raise AutonomousError(
+            f"the answer does not match the schema, {problem}; it begins: {quoted(text)}",
+            correction=f"Your answer does not match the JSON schema: {problem}. Answer again with the JSON alone.",
+        )
+
+
+def find_json(text: str) -> Iterator[tuple[Any, str]]:
+    """The JSON values in an answer, each with its own text: all of it, or in a fence, or among words."""
+    text = re.sub(r"\A\s*(```\w*)?\s*|\s*(```)?\s*\Z", "", text)
+    position = failures = 0
+    begin: re.Match[str] | None = re.match("", text)
+    while begin and failures < 100:
+        try:
+            value, end = _decode_json(text, begin.start())
+        except (ValueError, RecursionError):
+            failures, position = failures + 1, begin.start() + 1
+        else:
+            if begin.start() > 0 or end == len(text) or isinstance(value, (dict, list)):
+                found = text[begin.start() : end]
+                # Control characters in strings are read, but are none that `jq` would take.
+                yield value, found if found.isprintable() else json.dumps(value)
+            position = max(end, 1)
+        begin = re.compile(r"[{\[]").search(text, position)
+
+
 class Reply:
     """The machines of one reply in a row: bytes in, the pieces of the answer out, and in `error` what is wrong with it.
 
-    What came before an error is given before it. Neither `feed` nor `close` raises.
+    A piece is text, or a tool call. What came before an error is given before it. Neither `feed` nor `close` raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, machines: Iterable[ToolCallParser | SchemaReader] = ()) -> None:
         self.framing = Framing()
         self.completion = Completion()
+        self.machines = [*machines]  # behind these two, if tools or a schema were given
+        self.written: list[str] = []  # the text before them
+        self.finished = False  # the model goes on with what is no part of the answer
         self.error: AutonomousError | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing that could still come is part of the answer."""
+        return self.framing.ended or self.finished
 
     @property
     def whole(self) -> bool:
         """Whether all of the answer has come: what the connection does from here on does not matter."""
-        return self.framing.ended or self.completion.whole
+        return self.completion.whole or self.ended
 
-    def feed(self, data: bytes, end: bool = False) -> list[str]:
+    def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The pieces that ``data``, the next bytes of the reply, or its end completes."""
-        pieces: list[str] = []
+        texts: list[str] = []
         framing, completion = self.framing, self.completion
         if self.error is None:
             try:
                 for value in framing.feed(data, end):
                     if text := completion.read(value):
-                        pieces.append(text)
+                        texts.append(text)
                 if framing.error:
                     raise framing.error
                 if (end or framing.ended) and (text := completion.close()):
-                    pieces.append(text)
+                    texts.append(text)
             except AutonomousError as error:
                 self.error = error
-        return pieces
+        return self._pass(texts, False) if self.machines and texts else texts
 
-    def close(self) -> list[str]:
+    def close(self) -> list[Any]:
         """The pieces that the end of the reply completes."""
         pieces = self.feed(b"", end=True)
         framing, completion = self.framing, self.completion
@@ -527,6 +932,18 @@ class Reply:
         elif self.error is None and not completion.answered:
             lost = "" if completion.understood or framing.ended else framing.stray
             self.error = not_understood(lost) if lost else empty(completion.envelope.get("finish_reason"))
+        return pieces
+
+    def finish(self) -> list[Any]:
+        """The pieces that are held until it is known that the reply ended well."""
+        return self._pass([], True)
+
+    def _pass(self, pieces: list[Any], end: bool) -> list[Any]:
+        self.written += pieces
+        for machine in self.machines:
+            pieces = machine.feed(pieces, end)
+            self.error = self.error or machine.error
+            self.finished = self.finished or machine.finished
         return pieces
 
 
@@ -560,11 +977,13 @@ class AutonomousError(llm.ModelError, click.ClickException):
         retryable: bool = False,  # another attempt could succeed
         retry_after: float | None = None,  # seconds that the server asks to wait before it
         outage: bool = False,  # what is met when the service is down
+        correction: str | None = None,  # what to tell the model, which can do better
     ) -> None:
         super().__init__(message)
         self.retryable = retryable
         self.retry_after = retry_after
         self.outage = outage
+        self.correction = correction
 
     def located(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
         """The same error as the user is to see it: with the host it came from and the attempts made."""
@@ -588,8 +1007,16 @@ def not_understood(start: str) -> AutonomousError:
     return AutonomousError(f"the reply was not understood; it begins: {quoted(start)}")
 
 
-def too_large() -> AutonomousError:
-    return AutonomousError(f"the reply holds an event larger than {MAX_EVENT_BYTES // 1024**2} MiB")
+def too_large(what: str = "an event") -> AutonomousError:
+    return AutonomousError(f"the reply holds {what} larger than {MAX_EVENT_BYTES // 1024**2} MiB")
+
+
+def broken_call(problem: str, text: str) -> AutonomousError:
+    return AutonomousError(
+        f"the model's tool call cannot be read, {problem}; it begins: {quoted(text)}",
+        correction=f"Your tool call could not be read: {problem}. Answer again, with each call as JSON between "
+        "<tool_call> and </tool_call>.",
+    )
 
 
 def empty(finish_reason: object) -> AutonomousError:
@@ -675,7 +1102,7 @@ def transport_error(error: Exception, answered: bool, timeout: float) -> Autonom
     )
     if answered:
         lost = f"silent for {timeout:g} s" if silent else "the connection was lost" if dropped else reason
-        return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply")
+        return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply", retryable=dropped)
     if certificate:
         return AutonomousError(
             f"its certificate cannot be verified: {reason}. Behind a company proxy, name the file with the "
@@ -738,15 +1165,19 @@ class Call:
     says after each what is to follow.
     """
 
-    def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any) -> None:
+    def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any, conversation: Any) -> None:
         service, options = model.service, cast(AutonomousOptions, prompt.options)
-        messages = build_messages(prompt.messages, service.attachment_types)
+        self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
+        self.schema = prompt.schema = schema_of(prompt, conversation)
+        instructions = build_instructions(self.tools, self.schema)
+        messages = build_messages(prompt.messages, service.attachment_types, bool(self.tools), instructions)
         last = messages[-1]["content"] if messages and messages[-1]["role"] == "user" else ""
         if isinstance(last, str) and not last.strip():
             raise AutonomousError("the prompt is empty: nothing was sent")
         url = endpoint_url(service.endpoint)
         self.auth = (url.username, url.password) if url.userinfo else None
         self.url = url.copy_with(userinfo=b"")  # httpx logs it: without user name and password
+        self.messages, self.stream = messages, stream
         self.body = build_body(service, messages, stream)
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
@@ -754,35 +1185,59 @@ class Call:
         # Only a weak reference: an async response keeps the generator that keeps this, and such a circle would leave
         # the connection of a reader that stops early to the garbage collector.
         self.response: Any = weakref.proxy(response)
+        if self.schema:
+            SchemaReader(self.schema)  # raises what is wrong with it before anything is sent
 
-    def begin(self, number: int = 1, wait: float = 0.0) -> Attempt:
-        return self.model.attempt_type(self, number, wait)
+    def begin(self, number: int = 1, wait: float | None = None, corrected: Attempt | None = None) -> Attempt:
+        return self.model.attempt_type(self, number, wait, corrected)
+
+    def body_behind(self, corrected: Attempt | None) -> bytes:
+        """What to send: the prompt, and behind it an attempt's answer that was no good, with what is wrong with it."""
+        if corrected is None:
+            return self.body
+        answer, error = "".join(corrected.reply.written), cast(AutonomousError, corrected.reply.error)
+        messages = [*self.messages, {"role": "assistant", "content": answer}]
+        return build_body(self.model.service, [*messages, {"role": "user", "content": error.correction}], self.stream)
+
+    def machines(self) -> Iterator[ToolCallParser | SchemaReader]:
+        """What reads the answer's text in one attempt."""
+        if self.tools:
+            yield ToolCallParser({tool.name for tool in self.tools})
+        if self.schema:
+            yield SchemaReader(self.schema)
 
     def settle(self, attempt: Attempt) -> Attempt | None:
         """The attempt that is to follow, after its `wait`; None behind a whole answer; else the error, raised."""
-        error = attempt.reply.error
+        error, attempts = attempt.reply.error, self.model.attempts
         if error is None:
-            self._report(attempt.reply)
+            self._report(attempt)
             return None
-        attempts = self.model.attempts
-        wait = None if attempt.yielded else retry_wait(error, attempt.number, attempts)
         located = error.located(self.url, attempt.number, checking=attempts == 1)
+        if error.correction and not attempt.corrected and attempt.number < attempts:
+            logger.info("%s; the model is told", located)
+            return self.begin(attempt.number + 1, corrected=attempt)
+        wait = None if attempt.yielded else retry_wait(error, attempt.number, attempts)
         if wait is None:
             raise located from attempt.failure
         logger.info("%s; trying again in %.1f s", located, wait)
-        return self.begin(attempt.number + 1, wait)
+        return self.begin(attempt.number + 1, wait, attempt.corrected)
 
-    def _report(self, reply: Reply) -> None:
+    def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
+        """Tell `llm` of a tool call: to make it, and in the events that keep text and calls in order."""
+        self.response.add_tool_call(call)
+        told = (("tool_call_name", call.name), ("tool_call_args", json.dumps(call.arguments)))
+        return [StreamEvent(type=kind, chunk=chunk, tool_call_id=call.tool_call_id) for kind, chunk in told]
+
+    def _report(self, attempt: Attempt) -> None:
         """Tell `llm` what came beside the text, and the user if the answer may be cut short."""
-        envelope = reply.completion.envelope
+        reply, envelope = attempt.reply, attempt.reply.completion.envelope
         keys = ("id", "model", "created", "finish_reason", "usage")
         self.response.response_json = {key: envelope[key] for key in keys if key in envelope}
         if isinstance(model := envelope.get("model"), str):
             self.response.set_resolved_model(quoted(model))
         if isinstance(usage := envelope.get("usage"), dict):
-            counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-            # What is not a number that SQLite can hold would break the log of a good answer.
-            sent, received = (n if isinstance(n, int) and 0 <= n < 2**63 else None for n in counts)
+            usages = [usage, attempt.corrected.reply.completion.envelope.get("usage") if attempt.corrected else None]
+            sent, received = (count_tokens(usages, key) for key in ("prompt_tokens", "completion_tokens"))
             details = {key: usage[key] for key in usage if key.endswith("_details")}
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         reason = quoted(str(envelope.get("finish_reason", "stop")))
@@ -793,6 +1248,24 @@ class Call:
             logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
 
 
+def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
+    """The schema of a prompt, or where it only gives the results of calls, of the prompt that asked for them.
+
+    `llm` does not carry it through a chain. It is set in the prompt as well, for the log.
+    """
+    if prompt.schema is None and prompt.tool_results and conversation and conversation.responses:
+        earlier = conversation.responses[-1].prompt
+        return cast("dict[str, Any] | None", earlier.schema)
+    return cast("dict[str, Any] | None", prompt.schema)
+
+
+def count_tokens(usages: list[Any], key: str) -> int | None:
+    counts = [usage.get(key) for usage in usages if isinstance(usage, dict)]
+    # What is not a number that SQLite can hold would break the log of a good answer.
+    numbers = [count for count in counts if isinstance(count, int) and 0 <= count < 2**62]
+    return sum(numbers) if numbers else None
+
+
 class Attempt:
     """One try at a `Call`: its request, and its reply as far as it has come. No I/O; the next has one of its own.
 
@@ -800,18 +1273,20 @@ class Attempt:
     anything did (`failure`), and its end (`close`).
     """
 
-    def __init__(self, call: Call, number: int, wait: float) -> None:
+    def __init__(self, call: Call, number: int, wait: float | None, corrected: Attempt | None) -> None:
         import httpx
 
         self.call = call
         self.number = number  # from 1
         self.wait = wait  # seconds before it
+        self.corrected = corrected  # the attempt whose answer is put to the model, to do better
         limits = httpx.Timeout(call.timeout, connect=min(call.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict()}
         self.request = httpx.Request(
-            "POST", call.url, headers=build_headers(), content=call.body, extensions=extensions
+            "POST", call.url, headers=build_headers(), content=call.body_behind(corrected), extensions=extensions
         )
-        self.reply = Reply()
+        self.reply = Reply(call.machines())
+        self.held: list[Any] = []
         self.yielded = False  # some of the answer has gone out
         self.failure: Exception | None = None
         self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
@@ -833,7 +1308,7 @@ class Attempt:
             raise AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
         self.coding = "".join(codings)
 
-    def feed(self, data: bytes) -> list[str]:
+    def feed(self, data: bytes) -> list[Any]:
         """Take the next bytes of the reply; return the pieces of the answer in them."""
         if self.refusal:
             self.refusal_body += data[: MAX_PAGE_BYTES - len(self.refusal_body)]
@@ -842,12 +1317,12 @@ class Attempt:
             return []
         reply = self.reply
         pieces = reply.feed(data)
-        if reply.error:
+        if reply.error and not reply.error.correction:
             self.over = True
-        elif reply.whole:
+        elif reply.error or reply.whole:
             # The reply is read to its end, which saves the connection for the next prompt, and may bring the usage.
             # But its end comes soon, or is not worth waiting for.
-            self._hurry(DRAIN_TIMEOUT if reply.framing.ended else FINISH_TIMEOUT, renew=bool(pieces))
+            self._hurry(DRAIN_TIMEOUT if reply.error or reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
         else:
             self.patience = self.call.timeout
         return self._out(pieces)
@@ -858,7 +1333,7 @@ class Attempt:
             self.patience, self.deadline = seconds, time.monotonic() + seconds
         self.over = self.over or time.monotonic() > self.deadline
 
-    def close(self) -> list[str]:
+    def close(self) -> list[Any]:
         """Take the end of the reply; return the pieces of the answer that it completes."""
         reply, known = self.reply, self.reply.error
         pieces = [] if self.refusal else reply.close()
@@ -866,11 +1341,32 @@ class Attempt:
             reply.error = status_error(self.refusal, self.refusal_body)
         elif self.failure and not known and not reply.whole:
             reply.error = transport_error(self.failure, reply.completion.answered, self.call.timeout)
-        return self._out(pieces)
+        elif not reply.error:
+            pieces += reply.finish()
+        return self._out(pieces, end=not reply.error)
 
-    def _out(self, pieces: list[str]) -> list[str]:
+    def _out(self, pieces: list[Any], end: bool = False) -> list[Any]:
+        if self.reply.machines:
+            # Calls, and what stands behind them, go out when the reply has ended well: one that comes later may be
+            # broken, and then the next attempt makes them all.
+            self.held += pieces
+            first_call = next((n for n, piece in enumerate(self.held) if not isinstance(piece, str)), len(self.held))
+            ready = len(self.held) if end else first_call
+            pieces, self.held = self.held[:ready], self.held[ready:]
+            if pieces and self.corrected and self.corrected.yielded and not self.yielded:
+                pieces.insert(0, "\n")
         self.yielded = self.yielded or bool(pieces)
-        return ["".join(pieces)] if len(pieces) > 1 else pieces  # one network read is one piece for `llm` to keep
+        if len(pieces) == 1 and isinstance(pieces[0], str):
+            return pieces
+        out: list[Any] = []
+        for piece in pieces:
+            if not isinstance(piece, str):
+                out += self.call.report_call(piece)
+            elif out and isinstance(out[-1], str):
+                out[-1] += piece  # one network read is one piece for `llm` to keep
+            else:
+                out.append(piece)
+        return out
 
 
 # The connections: kept between prompts, since a client costs 30 ms to make, and a connection a TLS handshake
@@ -1066,6 +1562,8 @@ class _Shared:
     """What the sync and the async model have in common: all but the loop."""
 
     can_stream = True
+    supports_tools = True
+    supports_schema = True
     Options = AutonomousOptions
 
     def __init__(self, service: ServiceModel, attempts: int = ATTEMPTS, attempt_type: type[Attempt] = Attempt) -> None:
@@ -1081,8 +1579,8 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
 
     def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
-    ) -> Iterator[str]:
-        call = Call(self, prompt, stream, response)
+    ) -> Iterator[str | StreamEvent]:
+        call = Call(self, prompt, stream, response, conversation)
         client = sync_client(call.proxy)
         attempt: Attempt | None = call.begin()
         while attempt:
@@ -1098,7 +1596,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                 attempt.failure = failure
             yield from attempt.close()
             attempt = call.settle(attempt)
-            if attempt:
+            if attempt and attempt.wait is not None:
                 time.sleep(attempt.wait)
 
 
@@ -1111,11 +1609,11 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         stream: bool,
         response: llm.AsyncResponse,
         conversation: llm.AsyncConversation | None,
-    ) -> AsyncGenerator[str, None]:
+    ) -> AsyncGenerator[str | StreamEvent, None]:
         import asyncio
 
-        call = Call(self, prompt, stream, response)
-        del response  # as Call does not keep it either
+        call = Call(self, prompt, stream, response, conversation)
+        del response, conversation  # as Call does not keep it either
         # An event loop that ends closes all its async generators, in no order. There is no other here than this
         # one and those of httpx that it reads: two that close each other would be reported as errors.
         async with await async_pool(call.proxy) as client:
@@ -1136,7 +1634,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                 for piece in attempt.close():
                     yield piece
                 attempt = call.settle(attempt)
-                if attempt:
+                if attempt and attempt.wait is not None:
                     await asyncio.sleep(attempt.wait)
 
 
@@ -1200,8 +1698,8 @@ def check(
 class ShownAttempt(Attempt):
     """An attempt that shows on standard error what it sends and what comes, byte for byte, but no password."""
 
-    def __init__(self, call: Call, number: int, wait: float) -> None:
-        super().__init__(call, number, wait)
+    def __init__(self, call: Call, *made_by: Any) -> None:
+        super().__init__(call, *made_by)
         self.start = time.perf_counter()
         request, messages = self.request, json.loads(base64.b64decode(json.loads(call.body)["messages"]))
         self.show(">", f"{request.method} {request.url.raw_path.decode()} HTTP/1.1".encode())
@@ -1223,11 +1721,11 @@ class ShownAttempt(Attempt):
         self.show_headers("<", head.headers)
         super().open(head)
 
-    def feed(self, data: bytes) -> list[str]:
+    def feed(self, data: bytes) -> list[Any]:
         self.show("<", data)
         return super().feed(data)
 
-    def close(self) -> list[str]:
+    def close(self) -> list[Any]:
         self.show("!", root_reason(self.failure)[0].encode() if self.failure else b"the end")
         return super().close()
 

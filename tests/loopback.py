@@ -141,23 +141,70 @@ class Connection:
 Answer = Callable[[Request, Connection], Awaitable[None]]
 
 
+# Paragraphs of a system prompt that are not its writer's, but the client's.
+INSTRUCTIONS = re.compile(r"\s*(^[^\n]*\n<tools>\n.*|^[^\n]*JSON schema[^\n]*\n\{[^\n]*\})\Z", re.DOTALL | re.MULTILINE)
+
+
 def describe(request: Request) -> str:
     """What a request told the server, in words."""
     *before, last = request.messages
-    system = [message["content"] for message in before if message["role"] == "system"]
+    system = [INSTRUCTIONS.sub("", message["content"]) for message in before if message["role"] == "system"]
     before = [message for message in before if message["role"] != "system"]
     content = last["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     text = " ".join(part["text"] for part in parts if part["type"] == "text")
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     words = [f"{request.payload['aiAgent']} heard: {text}"]
-    if system:
+    if any(system):
         words.append(f"System prompt: {' '.join(system)}")
     if before:
         words.append(f"Messages before: {len(before)}, the last: {before[-1]['content']}")
     if urls:
         words.append(f"Pictures: {', '.join(url.partition(',')[0] for url in urls)}")
     return "\n".join(words)
+
+
+TOOLS = re.compile(r"<tools>\n(.*?)\n</tools>", re.DOTALL)
+RESULT = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
+SCHEMA = re.compile(r"JSON schema.*\n(\{.*\})\Z")
+CALL = re.compile(r"Call (\w+) with (\{.*?\})(?: |$)")
+
+
+def follow(request: Request) -> str | None:
+    """What a model answers that was given tools or a schema and does as it is told; None where it was given neither.
+
+    It calls what "Call NAME with JSON" names, says what the results were, and fills a schema with what it heard.
+    """
+    messages = request.messages
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    content = messages[-1]["content"]
+    heard = content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+    tools, schema = TOOLS.search(system), SCHEMA.search(system)
+    names = {json.loads(line)["name"] for line in tools[1].splitlines()} if tools else set()
+    calls = [{"name": name, "arguments": json.loads(given)} for name, given in CALL.findall(heard) if name in names]
+    if calls:
+        return "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)
+    results = [json.loads(result) for result in RESULT.findall(heard)] if tools else []
+    said = ", ".join(f"{result['name']} said {result.get('error', result['content'])}" for result in results)
+    if schema:
+        root = json.loads(schema[1])
+        return json.dumps(fill(root, root, said or heard))
+    return f"{request.payload['aiAgent']}: {said}" if said else None
+
+
+def fill(schema: dict[str, Any], root: dict[str, Any], heard: str) -> Any:
+    """A value that matches a simple schema, whose texts are what was heard."""
+    if "$ref" in schema:
+        return fill(root["$defs"][schema["$ref"].rpartition("/")[2]], root, heard)
+    if "anyOf" in schema:
+        return fill(schema["anyOf"][0], root, heard)
+    kind = schema.get("type")
+    if kind == "object":
+        return {name: fill(nested, root, heard) for name, nested in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [fill(schema.get("items", {}), root, heard)]
+    numbers = re.findall(r"\d+", heard)
+    return {"integer": int(numbers[0]) if numbers else 1, "number": 1.5, "boolean": True, "null": None}.get(kind, heard)
 
 
 def check(request: Request) -> str | None:
@@ -186,7 +233,7 @@ def speak(pause: float = 0.0) -> Answer:
             body = json.dumps({"error": {"message": wrong}}).encode()
             await connection.whole(body, "400 Bad Request")
             return
-        words = re.findall(r"\S+\s*|\s+", describe(request))
+        words = re.findall(r"\S+\s*|\s+", follow(request) or describe(request))
         model = BACKENDS[request.payload["aiAgent"]]
         asked = sum(len(str(message["content"]).split()) for message in request.messages)
         usage = {

@@ -127,7 +127,7 @@ def test_each_model_has_an_async_twin_that_is_alike(load: Callable[..., None], n
         assert model.can_stream
         assert issubclass(model.Options, llm_autonomous.AutonomousOptions)
         assert model.attachment_types == (IMAGE_TYPES if name == "vision" else set())
-        assert not any((model.needs_key, model.supports_schema, model.supports_tools))
+        assert (bool(model.needs_key), model.supports_schema, model.supports_tools) == (False, True, True)
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
@@ -329,12 +329,12 @@ def test_loading_the_module_imports_no_http_client_and_nothing_beside_what_llm_h
 
 
 def test_the_package_is_what_it_says() -> None:
-    """Name, version, Python, the two dependencies, and the entry point that `llm` looks for."""
+    """Name, version, Python, the three dependencies, and the entry point that `llm` looks for."""
     distribution = importlib.metadata.distribution("llm-autonomous")
     required = [line.replace(" ", "") for line in distribution.requires or [] if "extra ==" not in line]
-    assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.1")
+    assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.2")
     assert distribution.metadata["Requires-Python"] == ">=3.10"
-    assert sorted(required) == ["httpx>=0.27", "llm>=0.32"]
+    assert sorted(required) == ["httpx>=0.27", "jsonschema>=4.18", "llm>=0.32"]
     [point] = distribution.entry_points
     assert (point.group, point.name, point.value) == ("llm", "autonomous", "llm_autonomous")
 
