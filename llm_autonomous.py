@@ -1409,7 +1409,7 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
         message = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded: {reason}"
         raise AutonomousError(message) from error
     except ImportError:
-        message = "a SOCKS proxy needs one more package: pip install 'llm-autonomous[socks]' (or llm install)"
+        message = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
         raise AutonomousError(message) from None
     except (ValueError, httpx.InvalidURL):
         # Not in the words of httpx, nor with its exception in the traceback: they may repeat a password.
