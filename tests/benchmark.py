@@ -2,6 +2,7 @@
 
     python tests/benchmark.py            one table in Markdown, in about five minutes
     python tests/benchmark.py --quick    the same with few rounds, for development: its figures are rough
+    python tests/benchmark.py --readme   writes the rows that matter to a user into README.md as well
 
 All clients read the same replies, made beforehand, from a loopback server in a process of its own. The competitors
 take turns within each round, and a ratio is the median of the rounds' ratios, since machines change their speed from
@@ -38,6 +39,17 @@ AT_ONCE = 1_000  # async prompts
 THINKING = 0.5  # seconds that the server takes for each of them
 PROXY_BUFFER = 8 * 1024  # bytes of events in one HTTP chunk, where they are not sent one by one
 WORD = "word "
+
+README = Path(__file__).parents[1] / "README.md"
+README_TABLE = re.compile(r"(?<=<!-- speed -->\n).*(?=<!-- end of speed -->)", re.DOTALL)
+# The rows for README: words of the figure, and the start of what a user would pick instead.
+README_ROWS = (
+    ("one HTTP chunk for each", "OpenAI plugin"),
+    ("a turn of a conversation", "OpenAI plugin"),
+    ("the first text", "OpenAI plugin"),
+    ("`llm --help`, from the loading of plugins on", "without plugins"),
+    ("async prompts at once", "OpenAI plugin"),
+)
 
 
 # The server: `GET /<scenario>/...`, in a process of its own
@@ -519,15 +531,30 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {name}, {platform.system()}, Python {platform.python_version()}, {versions}."
 
 
+def write_readme(heading: str, rows: list[Row]) -> None:
+    """Put the rows of `README_ROWS` between the two comments in README that mark their place."""
+    chosen = [
+        f"| {' | '.join(row[:4])} |"
+        for figure, other in README_ROWS
+        for row in rows
+        if figure in row.figure and row.others.startswith(other)
+    ]
+    table = "\n".join([heading, "", "| figure | this plugin | instead | result |", "|---|---|---|---|", *chosen])
+    README.write_text(README_TABLE.sub(lambda _: f"{table}\n", README.read_text()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--quick", action="store_true", help="few rounds: rough figures")
     parser.add_argument("--only", metavar="FIGURE", help="chunks, turns, first_text, start, growth or at_once")
+    parser.add_argument("--readme", action="store_true", help="write the rows for users into README.md as well")
     for hidden, kind in (("--at-once", int), ("--url", str)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     for hidden in ("--serve", "--openai"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.readme and arguments.only:
+        parser.error("--readme needs all figures: leave out --only")
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if arguments.serve:
@@ -535,10 +562,10 @@ def main() -> None:
     elif arguments.at_once:
         run_at_once(arguments.at_once, arguments.url, arguments.openai)
     else:
-        compare(arguments.quick, arguments.only)
+        compare(arguments.quick, arguments.only, arguments.readme)
 
 
-def compare(quick: bool, only: str | None) -> None:
+def compare(quick: bool, only: str | None, readme: bool) -> None:
     server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
     try:
         with tempfile.TemporaryDirectory() as user_path:
@@ -552,12 +579,16 @@ def compare(quick: bool, only: str | None) -> None:
             os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
             os.environ["PYTHONPYCACHEPREFIX"] = user_path
             benchmark = Benchmark(port, quick)
-            print(f"{machine()} CPU time, and wall time in brackets; medians.\n")
+            heading, rows = f"{machine()} CPU time, and wall time in brackets; medians.", []
+            print(f"{heading}\n")
             print("| figure | ours | others | result | reach | met |\n|---|---|---|---|---|---|")
             figures = ("chunks", "turns", "first_text", "start", "growth", "at_once")
             for figure in [only] if only else figures:
                 for row in getattr(benchmark, figure)():
                     print(row, flush=True)
+                    rows.append(row)
+            if readme:
+                write_readme(heading, rows)
     finally:
         server.kill()
         server.wait()
