@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from benchmark import README_ROWS, README_TABLE
 from click.testing import CliRunner
 from cogapp import Cog
 from conftest import PNG
@@ -60,28 +57,6 @@ def run(command: str, settings: dict[str, str]) -> str:
     return shell(behind, settings, shown) if pipe else shown
 
 
-def chat(command: str, typed: list[str], settings: dict[str, str]) -> str:
-    """What a terminal shows of a command to which ``typed`` is typed, a line at each of its prompts."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        ["bash", "-c", command], stdin=theirs, stdout=theirs, stderr=theirs, env={**settings, "TERM": "dumb"}
-    )
-    os.close(theirs)
-    shown, deadline = "", time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if not select.select([ours], [], [], 1)[0]:
-            continue
-        try:
-            shown += os.read(ours, 4096).decode()
-        except OSError:  # Linux says so when the other end is closed
-            break
-        if typed and shown.endswith("> "):
-            os.write(ours, typed.pop(0).encode() + b"\n")
-    os.close(ours)
-    assert process.wait(60) == 0
-    return shown.replace("\r\n", "\n")
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of one person who tries all that README shows, from its start to its end."""
@@ -98,14 +73,10 @@ def test_sessions_show_what_the_commands_print(
 ) -> None:
     """Every console block, run in its order, prints what README says it prints."""
     monkeypatch.chdir(settings["PWD"])
-    assert len(blocks("console")) >= 6
+    assert len(blocks("console")) == 4
     for block in blocks("console"):
         for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            if command.startswith("llm chat"):
-                shown = chat(command, re.findall(r"^> (.*)$", output, re.MULTILINE), settings)
-            else:
-                shown = run(command, settings)
-            assert shown == output, command
+            assert run(command, settings) == output, command
 
 
 def test_python_examples_print_what_they_say(settings: dict[str, str]) -> None:
@@ -127,7 +98,7 @@ def test_python_examples_print_what_they_say(settings: dict[str, str]) -> None:
 
 def test_every_python_example_has_its_output() -> None:
     """No Python example goes unchecked."""
-    assert len(python_examples()) == len(blocks("python")) == 3
+    assert len(python_examples()) == len(blocks("python")) == 2
 
 
 def test_generated_parts_are_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +106,16 @@ def test_generated_parts_are_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(ROOT)
     code = Cog().main(["cog", "--check", "--diff", "README.md"])
     assert code == 0, capsys.readouterr().out
+
+
+def test_speed_table_has_its_rows() -> None:
+    """The place that `tests/benchmark.py --readme` writes to holds each of its rows once."""
+    [table] = README_TABLE.findall(README)
+    rows = re.findall(r"^\| (.*?) \| .*? \| (.*?) \|", table, re.MULTILINE)[1:]
+    assert len(rows) == len(README_ROWS)
+    for (figure, instead), (words, other) in zip(rows, README_ROWS, strict=True):
+        assert words in figure
+        assert instead.startswith(other)
 
 
 def test_ci_runs_the_test_command_of_readme() -> None:
