@@ -19,6 +19,7 @@ import datetime
 import email.utils
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -84,8 +85,8 @@ CODINGS = re.compile(r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack20
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body or a web page
 MAX_HELD = 256  # characters of white space, or of JSON, until it is known whether a call begins
-MAX_TAG = 15  # characters of the longest tag
 MAX_LITERALS = 64 * 1024  # characters of a call that is written in Python's literals
+MAX_FAILURES = 100  # brackets in an answer to a schema that begin no JSON
 MAX_EXCERPT = 300  # characters of a server's words in an error
 
 
@@ -196,14 +197,16 @@ def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> 
     """What stands in the system prompt, since the wire has no fields for it: how to call tools, and what to answer."""
     instructions = []
     if tools:
-        lines = []
-        for tool in tools:
-            described = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-            lines.append(json.dumps({key: value for key, value in described.items() if value is not None}))
-        instructions.append(TOOL_INSTRUCTIONS.format(tools="\n".join(lines)))
+        described = (
+            {"name": tool.name, **({"description": tool.description} if tool.description else {})}
+            | {"parameters": tool.input_schema}
+            for tool in tools
+        )
+        lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in described)
+        instructions.append(TOOL_INSTRUCTIONS.format(tools=lines))
     if schema:
         when = "When you call no tool, a" if tools else "A"
-        instructions.append(SCHEMA_INSTRUCTIONS.format(when=when, schema=json.dumps(schema)))
+        instructions.append(SCHEMA_INSTRUCTIONS.format(when=when, schema=json.dumps(schema, ensure_ascii=False)))
     return "\n\n".join(instructions)
 
 
@@ -225,7 +228,7 @@ def build_messages(
     if instructions:
         if not (built and built[0]["role"] == "system"):
             built.insert(0, {"role": "system", "content": ""})
-        built[0]["content"] = f"{built[0]['content']}\n\n{instructions}".lstrip()
+        built[0]["content"] = "\n\n".join(filter(None, (built[0]["content"], instructions)))
     return built
 
 
@@ -244,9 +247,9 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
         elif isinstance(part, AttachmentPart) and part.attachment:
             attachments = [part.attachment]
         elif isinstance(part, ToolCallPart):
-            blocks.append(tool_call_text(part) if tools else tool_call_note(part))
+            blocks.append(call_text(part, tools))
         elif isinstance(part, ToolResultPart):
-            blocks.append(tool_result_text(part) if tools else tool_result_note(part))
+            blocks.append(result_text(part, tools))
             attachments = part.attachments
         for attachment in attachments:
             if url := image_url(attachment, image_types):
@@ -260,25 +263,21 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
     return [{"type": "text", "text": text}, *images] if text else images
 
 
-def tool_call_text(part: ToolCallPart) -> str:
-    call = {"name": part.name, "arguments": part.arguments}
-    return f"<tool_call>\n{json.dumps(call, default=str)}\n</tool_call>"
+def call_text(part: ToolCallPart, tools: bool) -> str:
+    if not tools:
+        return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
+    return tagged("tool_call", {"name": part.name, "arguments": part.arguments})
 
 
-def tool_result_text(part: ToolResultPart) -> str:
-    result = {"name": part.name, "content": part.output}
-    if part.exception:
-        result["error"] = part.exception
-    return f"<tool_response>\n{json.dumps(result, default=str)}\n</tool_response>"
+def result_text(part: ToolResultPart, tools: bool) -> str:
+    if not tools:
+        return f"[the tool {part.name} {f'failed: {part.exception}' if part.exception else f'returned: {part.output}'}]"
+    error = {"error": part.exception} if part.exception else {}
+    return tagged("tool_response", {"name": part.name, "content": part.output, **error})
 
 
-def tool_call_note(part: ToolCallPart) -> str:
-    return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
-
-
-def tool_result_note(part: ToolResultPart) -> str:
-    outcome = f"failed: {part.exception}" if part.exception else f"returned: {part.output}"
-    return f"[the tool {part.name} {outcome}]"
+def tagged(tag: str, value: dict[str, Any]) -> str:
+    return f"<{tag}>\n{json.dumps(value, ensure_ascii=False, default=str)}\n</{tag}>"
 
 
 def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
@@ -553,224 +552,177 @@ class ToolCallParser:
 
     Reads what Hermes, Qwen and Llama write: calls in ``<tool_call>`` or ``<tools>``, and JSON that is the whole reply,
     bare, behind ``<|python_tag|>`` or in a fence, if it calls nothing but ``names``. All else is text, to the last
-    character; only white space next to a call is dropped. `feed` gives both in order, the same for every way the text
-    can be cut, at a cost of O(n), and never raises: a call that cannot be read ends up in `error`, with a correction.
-    What may still become a call is held, up to `MAX_EVENT_BYTES` characters.
+    character; only white space next to a call is dropped. `feed` gives text as it comes, and at the end all from the
+    first call on: where one of them cannot be read, the model is to write them all anew. It gives the same for every
+    way the text can be cut, costs O(n), and never raises: such a call ends up in `error`, with a correction.
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
-        self.calls = 0  # how many have come out
-        self.finished = False  # the model makes up results: nothing behind its calls is its answer
         self.error: AutonomousError | None = None
-        self._read = ToolCallParser._read_start  # what reads on
+        self.finished = False  # the model makes up results: nothing behind its calls is its answer
+        self._started = False  # it is known whether the reply begins as a call
         self._rest = ""  # a few characters whose meaning depends on the next
-        self._after_call = False  # what comes next may be white space between calls
-        self._bare: list[str] = []  # all of a reply that begins as a call
-        # The JSON behind a tag
-        self._tag = ""
-        self._value: list[str] = []
-        self._size = 0  # in characters
-        self._depth = 0  # how many brackets are open
-        self._quote = ""  # of the string that is open
-        self._escaped = False  # its next character stands behind a backslash
+        self._held: list[str] = []  # all from the first call on
+        self._size = 0  # of it, in characters
+        self._last = ""  # the end of it, where a made-up result may begin
+        self._looked = False  # whether it does
 
     def feed(self, pieces: Iterable[Any], end: bool = False) -> list[Any]:
-        """The text and the calls that ``pieces``, the next text of the answer, completes, or its end."""
-        out: list[Any] = []
-        text, self._rest = self._rest + "".join(pieces), ""
-        position = 0
-        try:
-            while position < len(text) and not self.finished and not self.error:
-                position = self._read(self, text, position, end, out)
-            if end and self._value and not self.error:
-                raise broken_call("it is cut off", "".join(self._value))
-        except AutonomousError as error:
-            self.error = error
-        if end and self._bare:
-            bare = "".join(self._bare)
-            out += read_bare_calls(bare, self.names) or [bare]
+        """The text that ``pieces``, the next of the answer, completes; at its ``end``, what is left and the calls."""
+        text = self._rest + "".join(pieces)
+        begin = 0 if self._held else self._find_call(text, end)
+        out: list[Any] = [text[:begin]] if begin else []
+        if text := text[begin + len(self._rest) :]:
+            self._hold(text)
+        if end and self._held and not self.error:
+            try:
+                out += read_answer("".join(self._held), self.names)[0]
+            except AutonomousError as error:
+                self.error = error
         return out
 
-    # Each of these reads on from a position, and returns the one from which the next is to read.
+    def _find_call(self, text: str, end: bool) -> int:
+        """Where the first call begins, or else the rest, which may become one."""
+        self._rest = ""
+        if not self._started:
+            begin = _bare_opening(text, 0).end()
+            look = text[begin : begin + MAX_HELD]
+            called = may_be_call(look, self.names) if begin < MAX_HELD else False
+            if called is None and not end and len(look) < MAX_HELD:
+                self._rest = text
+                return 0
+            self._started = True
+            if called:
+                return 0
+        if call := _call_tag(text):
+            return call.start()
+        if not end and (cut := _cut_tag(text, max(0, len(text) - MAX_HELD - len(RESULT_TAG)))):
+            self._rest = cut[0]
+        return len(text) - len(self._rest)
 
-    def _wait(self, text: str, position: int) -> int:
-        self._rest = text[position:]
-        return len(text)
-
-    def _read_start(self, text: str, position: int, end: bool, out: list[Any]) -> int:
-        begin = _bare_opening(text, position).end()
-        look = text[begin : begin + MAX_HELD]
-        called = may_be_call(look, self.names) if begin - position < MAX_HELD else False
-        if called is None and not end and len(look) < MAX_HELD:
-            return self._wait(text, position)
-        self._read = ToolCallParser._read_bare if called else ToolCallParser._read_text
-        return position
-
-    def _read_bare(self, text: str, position: int, end: bool, out: list[Any]) -> int:
-        self._hold(self._bare, text[position:])
-        return len(text)
-
-    def _hold(self, held: list[str], text: str) -> None:
-        held.append(text)
+    def _hold(self, text: str) -> None:
+        self._held.append(text)
         self._size += len(text)
         if self._size > MAX_EVENT_BYTES:
-            raise too_large("a tool call")
-
-    def _read_text(self, text: str, position: int, end: bool, out: list[Any]) -> int:
-        begin = _space(text, position).end() if self._after_call else position
-        if begin - position >= MAX_HELD:
-            begin = position
-        tag = _find_tag(text, begin)
-        stop = tag.start() if tag else len(text)
-        if not tag and not end:
-            cut = text.rfind("<", max(begin, stop - MAX_TAG))
-            stop = cut if cut >= 0 and is_start(text[cut:], _TAGS) else stop
-        if stop > begin:
-            out.append(text[position:stop])
-            self._after_call = False
-            return stop
-        if tag is None:  # there is only white space behind a call, and the beginning of a tag
-            return len(text) if end else self._wait(text, position)
-        behind = _space(text, tag.end()).end()
-        if tag[1] == "tool_response":
-            self.finished = self.calls > 0
-        elif behind - tag.end() < MAX_HELD:
-            if behind == len(text) and not end:
-                return self._wait(text, position)
-            if text[behind : behind + 1] in ("{", "["):
-                self._tag, self._size = text[position:behind], 0
-                self._read = ToolCallParser._read_value
-                return behind
-        if not self.finished:
-            out.append(text[position : tag.end()])
-            self._after_call = False
-        return tag.end()
-
-    def _read_value(self, text: str, position: int, end: bool, out: list[Any]) -> int:
-        start = position
-        if self._escaped:
-            position, self._escaped = position + 1, False
-        while position < len(text):
-            found = _find_mark[self._quote](text, position)
-            mark = found[0] if found else ""
-            position = found.end() if found else len(text)
-            if mark == "\\":
-                self._escaped = position == len(text)
-                position += 1
-            elif mark and self._quote:
-                self._quote = ""
-            elif mark in ("'", '"'):
-                self._quote = mark
-            elif mark:
-                self._depth += 1 if mark in "{[" else -1
-                if self._depth == 0 or mark == "<":  # which stands in JSON only in a string
-                    self._hold(self._value, text[start:position])
-                    self._end_value(out)
-                    return position
-        self._hold(self._value, text[start:])
-        return len(text)
-
-    def _end_value(self, out: list[Any]) -> None:
-        text, self._value = "".join(self._value), []
-        try:
-            values, _ = read_values(text)
-            if "<tools>" in self._tag and any(isinstance(v, dict) and "description" in v for v in values):
-                out.append(self._tag + text)  # the tools as they were given to the model
-                self._read = ToolCallParser._read_text
-                return
-            calls = [read_call(value) for value in values]
-        except ValueError as error:
-            raise broken_call(str(error), text) from None
-        out += calls
-        self.calls += len(calls)
-        self._read = ToolCallParser._read_between
-
-    def _read_between(self, text: str, position: int, end: bool, out: list[Any]) -> int:
-        begin = _separator(text, position).end()
-        look = text[begin : begin + MAX_TAG]
-        if begin - position < MAX_HELD:
-            if look.startswith(("{", "[")):
-                self._read = ToolCallParser._read_value
-                return begin
-            if look.startswith(("}", "]", '"', "'")):
-                raise broken_call("it goes on behind its end", look[0])
-            if not end and is_start(look, _CLOSINGS):
-                return self._wait(text, position)
-        self._read, self._after_call = ToolCallParser._read_text, True
-        closing = next((word for word in _CLOSINGS if look.startswith(word)), "")
-        return begin + len(closing) if closing else position
+            self.error = self.error or too_large("a tool call")
+        last = self._last + text
+        self._last = last[-len(RESULT_TAG) :]
+        if RESULT_TAG in last and not self._looked:
+            self._looked = True  # at the first is enough: all that hangs on it is how long the reply is read
+            with contextlib.suppress(AutonomousError):
+                self.finished = read_answer("".join(self._held), self.names)[1]
 
 
-_TAGS = ("<tool_call>", "<tools>", "<tool_response>")
-_CLOSINGS = ("</tool_call>", "</tools>")
-_find_tag = re.compile("<(tool_call|tools|tool_response)>").search
-_find_mark = {
-    quote: re.compile(rf"[{marks}]").search for quote, marks in {"": r"\"'{}\[\]<", '"': r"\"\\", "'": r"'\\"}.items()
-}
+RESULT_TAG = "<tool_response>"
+CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "id"))
+
+_call_tag = re.compile(r"<(?:tool_call|tools)>\s{0,255}[{\[]").search
+_cut_tag = re.compile(r"(<(tool_call|tools)>\s{0,255}|<(t(o(o(l(_(c(a(ll?)?)?)?|s)?)?)?)?)?)\Z").search
+_call_or_result = re.compile(r"<(?:tool_call|(?P<tools>tools))>\s{0,255}(?=[{\[])|(?P<result><tool_response>)").search
+_tag = re.compile(r"</?(?:tool_call|tools|tool_response)>").search
+_bracket = re.compile(r"[{\[]").search
+_closing_tag = re.compile(r"[\s;,]*</(?:tool_call|tools)>").match
 _separator = cast(Callable[..., re.Match[str]], re.compile(r"[\s;,]*").match)
 _bare_opening = cast(Callable[..., re.Match[str]], re.compile(r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?").match)
+_bare_end = re.compile(r"\s*(```\s*)?(<tool_response>.*)?", re.DOTALL).fullmatch
 _first_key = re.compile(r"[\[\s]*\{\s*([\"'])(\w+)\1\s*:\s*").match
 _before_first_key = re.compile(r"[\[\s]*(\{\s*(([\"'])\w*(\3\s*)?)?)?").fullmatch
-_strings = re.compile(r"""("(\\.|[^"\\])*"|'(\\.|[^'\\])*')""", re.DOTALL).sub
 _string = re.compile(r"([\"'])([^\"'\\]*)\1").match
-_CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "id"))
-
-
-def is_start(text: str, words: Iterable[str]) -> bool:
-    return any(word.startswith(text) for word in words)
+_strings = re.compile(r"""("(\\.|[^"\\])*"|'(\\.|[^'\\])*')""", re.DOTALL).sub
 
 
 def may_be_call(start: str, names: Collection[str]) -> bool | None:
     """Whether a reply that begins with the JSON of ``start`` may be a call of one of ``names``; None: not known yet."""
     key = _first_key(start)
     if key is None:
-        return None if _before_first_key(start) or is_start(start, ("<|python_tag|>", "```json", "json")) else False
+        cut = _before_first_key(start) or any(word.startswith(start) for word in ("<|python_tag|>", "```json", "json"))
+        return None if cut else False
     if key[2] != "name":
-        return key[2] in _CALL_KEYS
+        return key[2] in CALL_KEYS
     name = _string(start, key.end())
     return name[2] in names if name else None
+
+
+def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
+    """The text and calls of an answer, and whether made-up results followed them; raises what is wrong with a call."""
+    if calls := read_bare_calls(text, names):
+        return calls, RESULT_TAG in text
+    pieces: list[Any] = []
+    position, called = 0, False
+    while found := _call_or_result(text, position):
+        if found["result"] and called:
+            break
+        add_text(pieces, text[position : found.start()], called)
+        try:
+            values, position = ([], found.end()) if found["result"] else read_values(text, found.end())
+            if found["result"] or (
+                found["tools"] and any(isinstance(value, dict) and "description" in value for value in values)
+            ):
+                # A result before any call, or the tools as the model was given them.
+                pieces.append(text[found.start() : position])
+                continue
+            if not values:
+                raise ValueError("there is none in it")
+            pieces += map(read_call, values)
+        except ValueError as error:
+            raise broken_call(str(error), text[found.end() :]) from None
+        called = True
+        if closing := _closing_tag(text, position):
+            position = closing.end()
+    else:
+        add_text(pieces, text[position:], called)
+    return pieces, bool(found)
 
 
 def read_bare_calls(text: str, names: Collection[str]) -> list[llm.ToolCall]:
     """The calls that a whole reply is, none if it is anything else."""
     try:
-        values, rest = read_values(text[_bare_opening(text).end() :])
+        values, position = read_values(text, _bare_opening(text, 0).end())
         calls = [read_call(value) for value in values]
     except ValueError:
         return []
-    only = rest.startswith("<tool_response>") or rest.strip() in ("", "```")
-    return calls if only and all(call.name in names for call in calls) else []
+    return calls if _bare_end(text, position) and all(call.name in names for call in calls) else []
 
 
-def read_values(text: str) -> tuple[list[Any], str]:
-    """The JSON values at the start of ``text``, lists taken apart, and what stands behind them.
+def add_text(pieces: list[Any], text: str, called: bool) -> None:
+    if text and not (called and text.isspace()):
+        pieces.append(text)
+
+
+def read_values(text: str, position: int) -> tuple[list[Any], int]:
+    """The JSON values from a position of ``text`` on, lists taken apart, and the position behind them.
 
     Raw line breaks in strings are read, and Python's literals as what they would be in JSON.
     """
     values: list[Any] = []
-    position = _separator(text, 0).end()
-    while text[position : position + 1] in ("{", "["):
+    begin = position
+    while text.startswith(("{", "["), begin):
         try:
-            value, position = _decode_json(text, position)
+            value, position = _decode_json(text, begin)
         except (ValueError, RecursionError) as error:
-            value, position = read_literals(text[position:]), len(text)
-            if value is None:
-                reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"it is no valid JSON: {reason}") from None
+            tag = _tag(text, begin)
+            position = tag.start() if tag else len(text)
+            value = read_literals(text[begin:position])
+            if not value:
+                raise ValueError(f"it is no valid JSON: {getattr(error, 'msg', error)}") from None
         values += value if isinstance(value, list) else [value]
-        position = _separator(text, position).end()
-    return values, text[position:]
+        begin = _separator(text, position).end()
+    if text.startswith(("}", "]"), begin):
+        raise ValueError(f"it goes on behind its end: {text[begin]}")
+    return values, position
 
 
 def read_literals(text: str) -> list[Any] | None:
     """Python literals, one a line or behind ``;``, as the values that they would be in JSON; None if they are none."""
-    text = _strings(lambda string: string[0].replace("\n", "\\n"), text.strip().removesuffix("```"))
+    text = text.strip().removesuffix("```")
+    if len(text) > MAX_LITERALS:
+        return None
     values: list[Any] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a backslash that escapes nothing
         try:
-            for statement in ast.parse(text[:MAX_LITERALS]).body:
+            for statement in ast.parse(_strings(lambda string: string[0].replace("\n", "\\n"), text)).body:
                 value = json.loads(json.dumps(ast.literal_eval(cast(ast.Expr, statement).value)))
                 values += value if isinstance(value, list) else [value]
         except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
@@ -787,11 +739,12 @@ def read_call(value: Any) -> llm.ToolCall:
     name, arguments = value.get("name", value.get("function")), value.get("arguments", value.get("parameters"))
     if not (isinstance(name, str) and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
-    if arguments is None and not _CALL_KEYS.issuperset(value):
+    if arguments is None and not CALL_KEYS.issuperset(value):
         raise ValueError('it has no "arguments"')
     if isinstance(arguments, str):
-        values, rest = read_values(arguments)
-        arguments = values[0] if len(values) == 1 and not rest else arguments or None
+        arguments = arguments.strip()
+        values, end = read_values(arguments, 0)
+        arguments = values[0] if len(values) == 1 and end == len(arguments) else arguments or None
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are no JSON object')
     return llm.ToolCall(name=name, arguments=arguments or {}, tool_call_id=f"call_{uuid.uuid4().hex}")
@@ -805,24 +758,14 @@ class SchemaReader:
     it is not the final one.
     """
 
-    def __init__(self, schema: dict[str, Any]) -> None:
-        import jsonschema  # which takes longer to import than all else here
-        import referencing
+    finished = False  # it is the end of the answer that decides
 
-        try:
-            kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-            kind.check_schema(schema)
-        except Exception as error:  # a schema can be wrong in ways that jsonschema did not foresee
-            reason = quoted(getattr(error, "message", str(error)))
-            raise AutonomousError(f"the schema is no JSON schema: {reason}; nothing was sent") from None
-        # With a registry of its own, a $ref to another host is not fetched.
-        self._errors = kind(schema, registry=referencing.Registry()).iter_errors
-        self._best = jsonschema.exceptions.best_match
+    def __init__(self, validator: Any) -> None:
+        self.validator = validator
+        self.error: AutonomousError | None = None
         self._held: list[str] = []
         self._size = 0
         self._called = False
-        self.finished = False
-        self.error: AutonomousError | None = None
 
     def feed(self, pieces: Iterable[Any], end: bool = False) -> list[Any]:
         """The calls among ``pieces``, and at the end of the answer its JSON."""
@@ -846,10 +789,12 @@ class SchemaReader:
 
     def _match(self, text: str) -> str:
         """The largest JSON value of an answer that matches."""
+        from jsonschema.exceptions import best_match
+
         problem = "there is no JSON in it"
         for value, json_text in sorted(find_json(text), key=lambda found: -len(found[1])):
             try:
-                error = self._best(self._errors(value))
+                error = best_match(self.validator.iter_errors(value))
             except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
                 raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
             if error is None:
@@ -862,23 +807,41 @@ class SchemaReader:
         )
 
 
+def schema_validator(schema: dict[str, Any]) -> Any:
+    """A validator of `jsonschema`; raises what is wrong with the schema itself."""
+    import jsonschema  # which takes longer to import than all else here
+    import referencing
+
+    try:
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+    except Exception as error:  # a schema can be wrong in ways that jsonschema did not foresee
+        reason = quoted(getattr(error, "message", str(error)))
+        raise AutonomousError(f"the schema is no JSON schema: {reason}; nothing was sent") from None
+    return kind(schema, registry=referencing.Registry())  # its own, which fetches no $ref from another host
+
+
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
     """The JSON values in an answer, each with its own text: all of it, or in a fence, or among words."""
-    text = re.sub(r"\A\s*(```\w*)?\s*|\s*(```)?\s*\Z", "", text)
-    position = failures = 0
-    begin: re.Match[str] | None = re.match("", text)
-    while begin and failures < 100:
+    text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
+    begin = failures = 0
+    while failures < MAX_FAILURES:
         try:
-            value, end = _decode_json(text, begin.start())
+            value, end = _decode_json(text, begin)
         except (ValueError, RecursionError):
-            failures, position = failures + 1, begin.start() + 1
+            failures, end = failures + 1, begin + 1
         else:
-            if begin.start() > 0 or end == len(text) or isinstance(value, (dict, list)):
-                found = text[begin.start() : end]
-                # Control characters in strings are read, but are none that `jq` would take.
-                yield value, found if found.isprintable() else json.dumps(value)
-            position = max(end, 1)
-        begin = re.compile(r"[{\[]").search(text, position)
+            if end == len(text) or isinstance(value, (dict, list)):
+                found = text[begin:end]
+                try:
+                    json.loads(found)
+                except ValueError:  # there are raw line breaks in strings, which `jq` would not take
+                    found = json.dumps(value)
+                yield value, found
+        bracket = _bracket(text, end)
+        if bracket is None:
+            return
+        begin = bracket.start()
 
 
 class Reply:
@@ -1168,8 +1131,9 @@ class Call:
     def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any, conversation: Any) -> None:
         service, options = model.service, cast(AutonomousOptions, prompt.options)
         self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
-        self.schema = prompt.schema = schema_of(prompt, conversation)
-        instructions = build_instructions(self.tools, self.schema)
+        prompt.schema = schema_of(prompt, conversation)
+        self.validator = schema_validator(prompt.schema) if prompt.schema else None
+        instructions = build_instructions(self.tools, prompt.schema)
         messages = build_messages(prompt.messages, service.attachment_types, bool(self.tools), instructions)
         last = messages[-1]["content"] if messages and messages[-1]["role"] == "user" else ""
         if isinstance(last, str) and not last.strip():
@@ -1185,13 +1149,11 @@ class Call:
         # Only a weak reference: an async response keeps the generator that keeps this, and such a circle would leave
         # the connection of a reader that stops early to the garbage collector.
         self.response: Any = weakref.proxy(response)
-        if self.schema:
-            SchemaReader(self.schema)  # raises what is wrong with it before anything is sent
 
     def begin(self, number: int = 1, wait: float | None = None, corrected: Attempt | None = None) -> Attempt:
         return self.model.attempt_type(self, number, wait, corrected)
 
-    def body_behind(self, corrected: Attempt | None) -> bytes:
+    def body_for(self, corrected: Attempt | None) -> bytes:
         """What to send: the prompt, and behind it an attempt's answer that was no good, with what is wrong with it."""
         if corrected is None:
             return self.body
@@ -1203,8 +1165,8 @@ class Call:
         """What reads the answer's text in one attempt."""
         if self.tools:
             yield ToolCallParser({tool.name for tool in self.tools})
-        if self.schema:
-            yield SchemaReader(self.schema)
+        if self.validator:
+            yield SchemaReader(self.validator)
 
     def settle(self, attempt: Attempt) -> Attempt | None:
         """The attempt that is to follow, after its `wait`; None behind a whole answer; else the error, raised."""
@@ -1235,10 +1197,11 @@ class Call:
         self.response.response_json = {key: envelope[key] for key in keys if key in envelope}
         if isinstance(model := envelope.get("model"), str):
             self.response.set_resolved_model(quoted(model))
-        if isinstance(usage := envelope.get("usage"), dict):
-            usages = [usage, attempt.corrected.reply.completion.envelope.get("usage") if attempt.corrected else None]
+        answers = [attempt.corrected, attempt] if attempt.corrected else [attempt]
+        usages = [answer.reply.completion.envelope.get("usage") for answer in answers]
+        if usages := [usage for usage in usages if isinstance(usage, dict)]:
             sent, received = (count_tokens(usages, key) for key in ("prompt_tokens", "completion_tokens"))
-            details = {key: usage[key] for key in usage if key.endswith("_details")}
+            details = {key: value for key, value in usages[-1].items() if key.endswith("_details")}
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         reason = quoted(str(envelope.get("finish_reason", "stop")))
         if not USUAL_FINISH_REASONS.fullmatch(reason):
@@ -1259,11 +1222,10 @@ def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
     return cast("dict[str, Any] | None", prompt.schema)
 
 
-def count_tokens(usages: list[Any], key: str) -> int | None:
-    counts = [usage.get(key) for usage in usages if isinstance(usage, dict)]
+def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
     # What is not a number that SQLite can hold would break the log of a good answer.
-    numbers = [count for count in counts if isinstance(count, int) and 0 <= count < 2**62]
-    return sum(numbers) if numbers else None
+    counts = [usage[key] for usage in usages if isinstance(usage.get(key), int) and 0 <= usage[key] < 2**62]
+    return sum(counts) if counts else None
 
 
 class Attempt:
@@ -1283,10 +1245,9 @@ class Attempt:
         limits = httpx.Timeout(call.timeout, connect=min(call.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict()}
         self.request = httpx.Request(
-            "POST", call.url, headers=build_headers(), content=call.body_behind(corrected), extensions=extensions
+            "POST", call.url, headers=build_headers(), content=call.body_for(corrected), extensions=extensions
         )
         self.reply = Reply(call.machines())
-        self.held: list[Any] = []
         self.yielded = False  # some of the answer has gone out
         self.failure: Exception | None = None
         self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
@@ -1317,12 +1278,12 @@ class Attempt:
             return []
         reply = self.reply
         pieces = reply.feed(data)
-        if reply.error and not reply.error.correction:
+        if reply.error:
             self.over = True
-        elif reply.error or reply.whole:
+        elif reply.whole:
             # The reply is read to its end, which saves the connection for the next prompt, and may bring the usage.
             # But its end comes soon, or is not worth waiting for.
-            self._hurry(DRAIN_TIMEOUT if reply.error or reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
+            self._hurry(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
         else:
             self.patience = self.call.timeout
         return self._out(pieces)
@@ -1343,29 +1304,18 @@ class Attempt:
             reply.error = transport_error(self.failure, reply.completion.answered, self.call.timeout)
         elif not reply.error:
             pieces += reply.finish()
-        return self._out(pieces, end=not reply.error)
+        return self._out(pieces)
 
-    def _out(self, pieces: list[Any], end: bool = False) -> list[Any]:
-        if self.reply.machines:
-            # Calls, and what stands behind them, go out when the reply has ended well: one that comes later may be
-            # broken, and then the next attempt makes them all.
-            self.held += pieces
-            first_call = next((n for n, piece in enumerate(self.held) if not isinstance(piece, str)), len(self.held))
-            ready = len(self.held) if end else first_call
-            pieces, self.held = self.held[:ready], self.held[ready:]
-            if pieces and self.corrected and self.corrected.yielded and not self.yielded:
-                pieces.insert(0, "\n")
-        self.yielded = self.yielded or bool(pieces)
-        if len(pieces) == 1 and isinstance(pieces[0], str):
+    def _out(self, pieces: list[Any]) -> list[Any]:
+        if not pieces:
             return pieces
+        if not self.yielded and self.corrected and self.corrected.yielded:
+            pieces.insert(0, "\n")
+        self.yielded = True
         out: list[Any] = []
-        for piece in pieces:
-            if not isinstance(piece, str):
-                out += self.call.report_call(piece)
-            elif out and isinstance(out[-1], str):
-                out[-1] += piece  # one network read is one piece for `llm` to keep
-            else:
-                out.append(piece)
+        for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, str)):
+            run = [*group]  # the text of one network read is one piece for `llm` to keep
+            out += ["".join(run)] if is_text else [event for call in run for event in self.call.report_call(call)]
         return out
 
 
