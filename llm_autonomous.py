@@ -86,7 +86,6 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON rep
 MAX_PAGE_BYTES = 64 * 1024  # of an error body or a web page
 MAX_HELD = 256  # characters of white space, or of JSON, until it is known whether a call begins
 MAX_LITERALS = 64 * 1024  # characters of a call that is written in Python's literals
-MAX_FAILURES = 100  # brackets in an answer to a schema that begin no JSON
 MAX_EXCERPT = 300  # characters of a server's words in an error
 
 
@@ -629,7 +628,7 @@ _bare_end = re.compile(r"\s*(```\s*)?(<tool_response>.*)?", re.DOTALL).fullmatch
 _first_key = re.compile(r"[\[\s]*\{\s*([\"'])(\w+)\1\s*:\s*").match
 _before_first_key = re.compile(r"[\[\s]*(\{\s*(([\"'])\w*(\3\s*)?)?)?").fullmatch
 _string = re.compile(r"([\"'])([^\"'\\]*)\1").match
-_strings = re.compile(r"""("(\\.|[^"\\])*"|'(\\.|[^'\\])*')""", re.DOTALL).sub
+_strings = re.compile(r"""("(\\.|[^"\\])*("|\Z)|'(\\.|[^'\\])*('|\Z))""", re.DOTALL).sub
 
 
 def may_be_call(start: str, names: Collection[str]) -> bool | None:
@@ -638,19 +637,20 @@ def may_be_call(start: str, names: Collection[str]) -> bool | None:
     if key is None:
         cut = _before_first_key(start) or any(word.startswith(start) for word in ("<|python_tag|>", "```json", "json"))
         return None if cut else False
-    if key[2] != "name":
+    if key[2] not in ("name", "type"):
         return key[2] in CALL_KEYS
-    name = _string(start, key.end())
-    return name[2] in names if name else None
+    value = _string(start, key.end())
+    return value[2] in (names if key[2] == "name" else ("function",)) if value else None
 
 
 def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
     """The text and calls of an answer, and whether made-up results followed them; raises what is wrong with a call."""
-    if calls := read_bare_calls(text, names):
-        return calls, RESULT_TAG in text
+    calls, behind = read_bare_calls(text, names)
+    if calls:
+        return calls, RESULT_TAG in text[behind:]
     pieces: list[Any] = []
     position, called = 0, False
-    while found := _call_or_result(text, position):
+    while found := _call_or_result(text, max(position, behind)):
         if found["result"] and called:
             break
         add_text(pieces, text[position : found.start()], called)
@@ -675,14 +675,15 @@ def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
     return pieces, bool(found)
 
 
-def read_bare_calls(text: str, names: Collection[str]) -> list[llm.ToolCall]:
-    """The calls that a whole reply is, none if it is anything else."""
+def read_bare_calls(text: str, names: Collection[str]) -> tuple[list[llm.ToolCall], int]:
+    """The calls that a whole reply is, none if it is anything else, and the position behind the JSON it begins with."""
+    position = 0
     try:
         values, position = read_values(text, _bare_opening(text, 0).end())
         calls = [read_call(value) for value in values]
     except ValueError:
-        return []
-    return calls if _bare_end(text, position) and all(call.name in names for call in calls) else []
+        return [], position
+    return calls if _bare_end(text, position) and all(call.name in names for call in calls) else [], position
 
 
 def add_text(pieces: list[Any], text: str, called: bool) -> None:
@@ -824,24 +825,31 @@ def schema_validator(schema: dict[str, Any]) -> Any:
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
     """The JSON values in an answer, each with its own text: all of it, or in a fence, or among words."""
     text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
-    begin = failures = 0
-    while failures < MAX_FAILURES:
+    end = 0
+    bracket: re.Match[str] | None = re.match("", text)
+    while bracket:
+        begin = bracket.start()
         try:
             value, end = _decode_json(text, begin)
-        except (ValueError, RecursionError):
-            failures, end = failures + 1, begin + 1
-        else:
             if end == len(text) or isinstance(value, (dict, list)):
-                found = text[begin:end]
-                try:
-                    json.loads(found)
-                except ValueError:  # there are raw line breaks in strings, which `jq` would not take
-                    found = json.dumps(value)
-                yield value, found
-        bracket = _bracket(text, end)
-        if bracket is None:
+                anew = json.dumps(value, allow_nan=False)  # NaN and the infinities are no JSON
+                yield value, text[begin:end] if is_strict(text[begin:end]) else anew
+        except RecursionError:
             return
-        begin = bracket.start()
+        except ValueError as error:
+            if getattr(error, "pos", 0) > _space(text, begin + 1).end():
+                return  # it began as JSON: what is inside of it is not the answer
+            end = max(end, begin + 1)
+        bracket = _bracket(text, end)
+
+
+def is_strict(text: str) -> bool:
+    """Whether JSON has no raw line breaks in its strings, which are read here, but not by `jq`."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Reply:

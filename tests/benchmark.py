@@ -200,6 +200,16 @@ class Plugin:
         return sum(answer is not True for answer in answers)
 
 
+class WithTools(Plugin):
+    """This plugin, given a tool that the model does not call: the answer is read for calls."""
+
+    def deltas(self, scenario: str) -> Iterator[str]:
+        def add(a: int, b: int) -> int:
+            return a + b
+
+        return iter(self.model(scenario).prompt("Say it", tools=[add]))
+
+
 class InPlugin:
     """Another client in the thinnest plugin there can be: what it costs with the share of `llm` itself."""
 
@@ -353,6 +363,7 @@ class Benchmark:
         framings = {"each": "one HTTP chunk for each", "coalesced": f"in HTTP chunks of {PROXY_BUFFER // 1024} KB"}
         clients: dict[str, Any] = {"ours": self.ours, "bare socket": self.bare}
         clients |= {"httpx-sse": self.sse, "OpenAI plugin": self.openai}
+        clients |= {"with tools": WithTools(self.url, openai=False)}
         clients |= {f"{name} in a plugin": InPlugin(clients[name]) for name in ("bare socket", "httpx-sse")}
         for framing, words in framings.items():
 
@@ -372,6 +383,9 @@ class Benchmark:
             yield less(figure, results, "OpenAI plugin", 6, EVENTS)
             for name in ("bare socket in a plugin", "httpx-sse in a plugin"):
                 yield less(figure, results, name, None, EVENTS)
+            times = ratio(results, "with tools", "ours")
+            tools, none = both(results["with tools"], EVENTS), f"without: {both(results['ours'], EVENTS)}"
+            yield Row(f"{figure}, with tools", tools, none, f"{times:.2f} times", "at most 1.5", times <= 1.5)
 
     def turns(self) -> Iterator[Row]:
         plugins = {"ours": self.ours, "OpenAI plugin": self.openai}
@@ -491,6 +505,22 @@ class Benchmark:
         one, four, sixteen = events
         yield growth("growth: one event in pieces of 1 KB", results, one, four, 4, "bytes")
         yield growth("growth: one event in pieces of 1 KB", results, four, sixteen, 4, "bytes")
+
+        def parse(begin: str, text: str, size: int) -> Callable[[], None]:
+            answer = begin + text * (size // len(text))
+
+            def work() -> None:
+                parser = llm_autonomous.ToolCallParser({"add"})
+                for start in range(0, len(answer), 1024):
+                    parser.feed([answer[start : start + 1024]])
+                parser.feed([], end=True)
+
+            return work
+
+        for begin, text in (("", "<"), ("", "{"), ("<tool_call>", "{"), ("", "<tool_call>"), ("<tool_call>{", '"<",')):
+            work = {f"{size} MB": functools.partial(timed, parse(begin, text, size << 20)) for size in (1, 4)}
+            results = compete(work, self.rounds(15, 3))
+            yield growth(f"growth: an answer to tools, of `{begin}{text}{text}…`", results, *work, 4, "characters")
 
     def at_once(self) -> Iterator[Row]:
         count = AT_ONCE // 5 if self.quick else AT_ONCE

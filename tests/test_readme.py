@@ -73,7 +73,7 @@ def test_sessions_show_what_the_commands_print(
 ) -> None:
     """Every console block, run in its order, prints what README says it prints."""
     monkeypatch.chdir(settings["PWD"])
-    assert len(blocks("console")) == 4
+    assert len(blocks("console")) == 5
     for block in blocks("console"):
         for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             assert run(command, settings) == output, command
