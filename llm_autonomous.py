@@ -1,12 +1,12 @@
 """The models of the Autonomous AI service for LLM: free, no key, often down.
 
-A *model* is one of the service's five. A *call* is one prompt on its way: its request, its attempts, and the
-reply as far as it has come. A *reply* is what the server sends back, in whatever dialect. A *delta* is the piece
-of text that one event of a reply adds to the answer.
+A *model* is one of the service's five. An *exchange* is one prompt on its way, an *attempt* one try at it. A *reply* is
+what the server sends back, in whatever dialect. A *piece* is what it adds to the answer: some text, or a tool call. A
+*correction* is a sentence that tells the model what was wrong with its answer.
 
-The module reads as one request does: the models, how they register, what is sent, how the reply is read, what
-can go wrong, what is tried again, the connections, the two classes that move the bytes, the one command.
-Whatever is not about moving bytes stands once, for sync and async alike.
+The module reads as one request does: the models, how they register, what is sent, how the reply is read, what can go
+wrong, what is tried again, the connections, what moves the bytes, the one command. Whatever is not about moving bytes
+stands once, for sync and async alike.
 """
 
 from __future__ import annotations
@@ -1129,7 +1129,7 @@ def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | N
     return BACKOFF[attempt - 1] * random.uniform(1 - JITTER, 1 + JITTER)
 
 
-class Call:
+class Exchange:
     """One prompt: what is asked, made once, and what comes of its attempts. No I/O.
 
     The loops of `Autonomous` and `AsyncAutonomous` go through its attempts alike: `begin` makes the first, and `settle`
@@ -1237,31 +1237,31 @@ def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
 
 
 class Attempt:
-    """One try at a `Call`: its request, and its reply as far as it has come. No I/O; the next has one of its own.
+    """One try at a `Exchange`: its request, and its reply as far as it has come. No I/O; the next has one of its own.
 
     A loop gives it the head of the reply (`open`), the bytes (`feed`) until it is `over`, what cut the reply off if
     anything did (`failure`), and its end (`close`).
     """
 
-    def __init__(self, call: Call, number: int, wait: float | None, corrected: Attempt | None) -> None:
+    def __init__(self, exchange: Exchange, number: int, wait: float | None, corrected: Attempt | None) -> None:
         import httpx
 
-        self.call = call
+        self.exchange = exchange
         self.number = number  # from 1
         self.wait = wait  # seconds before it
         self.corrected = corrected  # the attempt whose answer is put to the model, to do better
-        limits = httpx.Timeout(call.timeout, connect=min(call.timeout, CONNECT_TIMEOUT), pool=None)
+        limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict()}
         self.request = httpx.Request(
-            "POST", call.url, headers=build_headers(), content=call.body_for(corrected), extensions=extensions
+            "POST", exchange.url, headers=build_headers(), content=exchange.body_for(corrected), extensions=extensions
         )
-        self.reply = Reply(call.machines())
+        self.reply = Reply(exchange.machines())
         self.yielded = False  # some of the answer has gone out
         self.failure: Exception | None = None
         self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
         self.refusal_body = b""
         self.coding = ""  # what the reply is compressed with
-        self.patience = call.timeout  # seconds to wait for the next bytes
+        self.patience = exchange.timeout  # seconds to wait for the next bytes
         self.deadline = 0.0  # by time.monotonic(), for what a shorter patience waits for
         self.over = False  # nothing is left that is worth reading
 
@@ -1293,11 +1293,11 @@ class Attempt:
             # But its end comes soon, or is not worth waiting for.
             self._hurry(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
         else:
-            self.patience = self.call.timeout
+            self.patience = self.exchange.timeout
         return self._out(pieces)
 
     def _hurry(self, seconds: float, renew: bool = False) -> None:
-        seconds = min(seconds, self.call.timeout)
+        seconds = min(seconds, self.exchange.timeout)
         if seconds != self.patience or renew or not self.deadline:
             self.patience, self.deadline = seconds, time.monotonic() + seconds
         self.over = self.over or time.monotonic() > self.deadline
@@ -1309,7 +1309,7 @@ class Attempt:
         if self.refusal:
             reply.error = status_error(self.refusal, self.refusal_body)
         elif self.failure and not known and not reply.whole:
-            reply.error = transport_error(self.failure, reply.completion.answered, self.call.timeout)
+            reply.error = transport_error(self.failure, reply.completion.answered, self.exchange.timeout)
         elif not reply.error:
             pieces += reply.finish()
         return self._out(pieces)
@@ -1323,7 +1323,7 @@ class Attempt:
         out: list[Any] = []
         for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, str)):
             run = [*group]  # the text of one network read is one piece for `llm` to keep
-            out += ["".join(run)] if is_text else [event for call in run for event in self.call.report_call(call)]
+            out += ["".join(run)] if is_text else [event for call in run for event in self.exchange.report_call(call)]
         return out
 
 
@@ -1504,7 +1504,7 @@ class AsyncBody:
         import asyncio
 
         attempt, piece = self.attempt, anext(self.pieces)
-        if attempt.patience == attempt.call.timeout:  # which httpx keeps
+        if attempt.patience == attempt.exchange.timeout:  # which httpx keeps
             return await piece
         return await asyncio.wait_for(piece, attempt.patience)
 
@@ -1538,12 +1538,12 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
     def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
     ) -> Iterator[str | StreamEvent]:
-        call = Call(self, prompt, stream, response, conversation)
-        client = sync_client(call.proxy)
-        attempt: Attempt | None = call.begin()
+        exchange = Exchange(self, prompt, stream, response, conversation)
+        client = sync_client(exchange.proxy)
+        attempt: Attempt | None = exchange.begin()
         while attempt:
             try:
-                with contextlib.closing(client.send(attempt.request, auth=call.auth, stream=True)) as head:
+                with contextlib.closing(client.send(attempt.request, auth=exchange.auth, stream=True)) as head:
                     attempt.open(head)
                     body = read_sync(head, attempt)
                     for data in unpack(attempt.coding, body).iter_bytes() if attempt.coding else body:
@@ -1553,7 +1553,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
             except Exception as failure:  # whatever it is, the user gets one line; a traceback has the cause
                 attempt.failure = failure
             yield from attempt.close()
-            attempt = call.settle(attempt)
+            attempt = exchange.settle(attempt)
             if attempt and attempt.wait is not None:
                 time.sleep(attempt.wait)
 
@@ -1570,15 +1570,15 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
     ) -> AsyncGenerator[str | StreamEvent, None]:
         import asyncio
 
-        call = Call(self, prompt, stream, response, conversation)
-        del response, conversation  # as Call does not keep it either
+        exchange = Exchange(self, prompt, stream, response, conversation)
+        del response, conversation  # as Exchange keeps neither
         # An event loop that ends closes all its async generators, in no order. There is no other here than this
         # one and those of httpx that it reads: two that close each other would be reported as errors.
-        async with await async_pool(call.proxy) as client:
-            attempt: Attempt | None = call.begin()
+        async with await async_pool(exchange.proxy) as client:
+            attempt: Attempt | None = exchange.begin()
             while attempt:
                 try:
-                    head = await client.send(attempt.request, auth=call.auth, stream=True)
+                    head = await client.send(attempt.request, auth=exchange.auth, stream=True)
                     async with contextlib.aclosing(head):
                         attempt.open(head)
                         body = AsyncBody(head, attempt)
@@ -1591,7 +1591,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     attempt.failure = failure
                 for piece in attempt.close():
                     yield piece
-                attempt = call.settle(attempt)
+                attempt = exchange.settle(attempt)
                 if attempt and attempt.wait is not None:
                     await asyncio.sleep(attempt.wait)
 
@@ -1656,15 +1656,15 @@ def check(
 class ShownAttempt(Attempt):
     """An attempt that shows on standard error what it sends and what comes, byte for byte, but no password."""
 
-    def __init__(self, call: Call, *made_by: Any) -> None:
-        super().__init__(call, *made_by)
+    def __init__(self, exchange: Exchange, *made_by: Any) -> None:
+        super().__init__(exchange, *made_by)
         self.start = time.perf_counter()
-        request, messages = self.request, json.loads(base64.b64decode(json.loads(call.body)["messages"]))
+        request, messages = self.request, json.loads(base64.b64decode(json.loads(exchange.body)["messages"]))
         self.show(">", f"{request.method} {request.url.raw_path.decode()} HTTP/1.1".encode())
         self.show_headers(">", request.headers)
-        if call.auth:
+        if exchange.auth:
             self.show(">", b"Authorization: (the user name and password of the URL)")
-        self.show(">", call.body)
+        self.show(">", exchange.body)
         self.show(">", b"the messages in it: " + json.dumps(messages).encode())
 
     def show(self, sign: str, data: bytes) -> None:
