@@ -85,6 +85,7 @@ CODINGS = re.compile(r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack20
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body or a web page
 MAX_HELD = 256  # characters of white space, or of JSON, until it is known whether a call begins
+MAX_FAILURES = 100  # brackets in an answer to a schema that begin no JSON
 MAX_LITERALS = 64 * 1024  # characters of a call that is written in Python's literals
 MAX_EXCERPT = 300  # characters of a server's words in an error
 
@@ -220,14 +221,14 @@ def build_messages(
     can go on; reasoning, and messages left empty, are left out. ``instructions`` end the system prompt.
     """
     built: list[dict[str, Any]] = []
+    if instructions:
+        own = messages[0].parts if messages and messages[0].role == "system" else []
+        part = TextPart(f"\n\n{instructions}" if own else instructions)
+        messages = [llm.Message(role="system", parts=[*own, part]), *messages[1 if own else 0 :]]
     for message in messages:
         if content := build_content(message.parts, image_types, tools):
             role = message.role if message.role in ("system", "assistant") else "user"
             built.append({"role": role, "content": content})
-    if instructions:
-        if not (built and built[0]["role"] == "system"):
-            built.insert(0, {"role": "system", "content": ""})
-        built[0]["content"] = "\n\n".join(filter(None, (built[0]["content"], instructions)))
     return built
 
 
@@ -357,6 +358,7 @@ class Framing:
         self.error: AutonomousError | None = None
         self.stray = ""  # the first line of an unknown field
         self.cut_off = ""  # the start of a value that the end of the reply cut off
+        self.page = False  # the reply is a web page
         self._first = True  # no line has been read yet
         self._skip_newline = False  # a CR ended the last feed: an LF at the start of the next belongs to it
         self._line = bytearray()  # the line that has not ended yet
@@ -442,6 +444,7 @@ class Framing:
         held = self._held.decode().lstrip()
         self._held.clear()
         if held.startswith("<"):
+            self.page = True
             raise web_page(held)
         if rest := self._read_values(held, values):
             if not cut:
@@ -495,8 +498,8 @@ class Completion:
             if len(choices) > 1 or choice.get("index") != self._index:
                 choice = self._pick(choices)
             part = choice.get("delta")
-            if part is None:
-                part = choice.get("message", {})
+            if not part:
+                part = choice.get("message") or {}
                 whole = bool(part)
             text = (
                 (part.get("content") or part.get("refusal") or choice.get("text")) if isinstance(part, dict) else part
@@ -538,7 +541,7 @@ class Completion:
         text = self._surrogate + text
         self._surrogate = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
         text = text[: len(text) - len(self._surrogate)]
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return mended(text)
 
     def close(self) -> str:
         """The text that the end of the reply completes."""
@@ -565,7 +568,7 @@ class ToolCallParser:
         self._held: list[str] = []  # all from the first call on
         self._size = 0  # of it, in characters
         self._last = ""  # the end of it, where a made-up result may begin
-        self._looked = False  # whether it does
+        self._looked = 0  # how much was held when it was looked at
 
     def feed(self, pieces: Iterable[Any], end: bool = False) -> list[Any]:
         """The text that ``pieces``, the next of the answer, completes; at its ``end``, what is left and the calls."""
@@ -607,8 +610,8 @@ class ToolCallParser:
             self.error = self.error or too_large("a tool call")
         last = self._last + text
         self._last = last[-len(RESULT_TAG) :]
-        if RESULT_TAG in last and not self._looked:
-            self._looked = True  # at the first is enough: all that hangs on it is how long the reply is read
+        if RESULT_TAG in last and self._size >= 2 * self._looked:
+            self._looked = self._size  # not at each: all that hangs on it is how long the reply is read
             with contextlib.suppress(AutonomousError):
                 self.finished = read_answer("".join(self._held), self.names)[1]
 
@@ -619,8 +622,9 @@ CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "i
 _call_tag = re.compile(r"<(?:tool_call|tools)>\s{0,255}[{\[]").search
 _cut_tag = re.compile(r"(<(tool_call|tools)>\s{0,255}|<(t(o(o(l(_(c(a(ll?)?)?)?|s)?)?)?)?)?)\Z").search
 _call_or_result = re.compile(r"<(?:tool_call|(?P<tools>tools))>\s{0,255}(?=[{\[])|(?P<result><tool_response>)").search
-_tag = re.compile(r"</?(?:tool_call|tools|tool_response)>").search
+_tags = re.compile(r"</?(?:tool_call|tools|tool_response)>").finditer
 _bracket = re.compile(r"[{\[]").search
+_marks = re.compile(r"""[{}\[\]]|"(\\.|[^"\\])*("|\Z)""", re.DOTALL).finditer
 _closing_tag = re.compile(r"[\s;,]*</(?:tool_call|tools)>").match
 _separator = cast(Callable[..., re.Match[str]], re.compile(r"[\s;,]*").match)
 _bare_opening = cast(Callable[..., re.Match[str]], re.compile(r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?").match)
@@ -702,10 +706,12 @@ def read_values(text: str, position: int) -> tuple[list[Any], int]:
         try:
             value, position = _decode_json(text, begin)
         except (ValueError, RecursionError) as error:
-            tag = _tag(text, begin)
-            position = tag.start() if tag else len(text)
-            value = read_literals(text[begin:position])
-            if not value:
+            # They go up to a tag: to the first that does not stand in one of their strings.
+            ends = [tag.start() for tag in itertools.islice(_tags(text, begin), 4)]
+            for position in (*ends, len(text)):
+                if value := read_literals(text[begin:position]):
+                    break
+            else:
                 raise ValueError(f"it is no valid JSON: {getattr(error, 'msg', error)}") from None
         values += value if isinstance(value, list) else [value]
         begin = _separator(text, position).end()
@@ -748,7 +754,8 @@ def read_call(value: Any) -> llm.ToolCall:
         arguments = values[0] if len(values) == 1 and end == len(arguments) else arguments or None
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are no JSON object')
-    return llm.ToolCall(name=name, arguments=arguments or {}, tool_call_id=f"call_{uuid.uuid4().hex}")
+    arguments = json.loads(mended(json.dumps(arguments or {}, ensure_ascii=False)))
+    return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
 
 
 class SchemaReader:
@@ -801,7 +808,8 @@ class SchemaReader:
             if error is None:
                 return json_text
             if not problem.startswith("$"):
-                problem = quoted(f"{error.json_path}: {error.message}")
+                # The sentence begins with the value, which may be long: its end is what says something.
+                problem = quoted(f"{error.json_path}: {error.message[-MAX_EXCERPT // 2 :]}")
         raise AutonomousError(
             f"the answer does not match the schema, {problem}; it begins: {quoted(text)}",
             correction=f"Your answer does not match the JSON schema: {problem}. Answer again with the JSON alone.",
@@ -825,22 +833,33 @@ def schema_validator(schema: dict[str, Any]) -> Any:
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
     """The JSON values in an answer, each with its own text: all of it, or in a fence, or among words."""
     text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
-    end = 0
+    end = failures = 0
     bracket: re.Match[str] | None = re.match("", text)
-    while bracket:
+    while bracket and failures < MAX_FAILURES:
         begin = bracket.start()
         try:
             value, end = _decode_json(text, begin)
             if end == len(text) or isinstance(value, (dict, list)):
                 anew = json.dumps(value, allow_nan=False)  # NaN and the infinities are no JSON
                 yield value, text[begin:end] if is_strict(text[begin:end]) else anew
-        except RecursionError:
-            return
-        except ValueError as error:
-            if getattr(error, "pos", 0) > _space(text, begin + 1).end():
-                return  # it began as JSON: what is inside of it is not the answer
-            end = max(end, begin + 1)
+        except (ValueError, RecursionError) as error:
+            failures += 1
+            words = (
+                getattr(error, "pos", len(text)) <= _space(text, begin + 1).end()
+                and text[begin + 1 :].lstrip()[:1] != '"'
+            )
+            end = max(end, begin + 1 if words else balanced_end(text, begin))
         bracket = _bracket(text, end)
+
+
+def balanced_end(text: str, begin: int) -> int:
+    """Where what opens at ``begin`` is closed, though it is no JSON; the end of the text if it never is."""
+    depth = 0
+    for mark in _marks(text, begin):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(mark[0], 0)
+        if depth == 0:
+            return mark.end()
+    return len(text)
 
 
 def is_strict(text: str) -> bool:
@@ -913,9 +932,16 @@ class Reply:
         self.written += pieces
         for machine in self.machines:
             pieces = machine.feed(pieces, end)
-            self.error = self.error or machine.error
             self.finished = self.finished or machine.finished
+            if machine.error:
+                self.error = self.error or machine.error
+                return pieces if machine is self.machines[-1] else []
         return pieces
+
+
+def mended(text: str) -> str:
+    """Text whose halves of characters are joined, or replaced where the other half is missing."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def as_json(value: Any) -> str:
@@ -1050,7 +1076,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
 def parse_retry_after(value: str) -> float | None:
     """Seconds to wait, from a ``Retry-After`` header of seconds or a date (RFC 9110, section 10.2.3)."""
     if re.fullmatch(r"[0-9]+", value):
-        return float(value)
+        return float(value[:15])
     try:
         date = email.utils.parsedate_to_datetime(value)
         return max(0.0, date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - time.time())
@@ -1220,14 +1246,17 @@ class Exchange:
 
 
 def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
-    """The schema of a prompt, or where it only gives the results of calls, of the prompt that asked for them.
+    """The schema of a prompt, or where it gives the results of calls, of the prompt that the calls answered.
 
     `llm` does not carry it through a chain. It is set in the prompt as well, for the log.
     """
-    if prompt.schema is None and prompt.tool_results and conversation and conversation.responses:
-        earlier = conversation.responses[-1].prompt
-        return cast("dict[str, Any] | None", earlier.schema)
-    return cast("dict[str, Any] | None", prompt.schema)
+    schema = prompt.schema
+    answered = {result.tool_call_id for result in prompt.tool_results}
+    if answered and conversation and not schema:
+        for response in conversation.responses:
+            if any(call.tool_call_id in answered for call in response.tool_calls_or_raise()):
+                schema = response.prompt.schema
+    return cast("dict[str, Any] | None", schema)
 
 
 def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
@@ -1272,10 +1301,13 @@ class Attempt:
             self._hurry(ERROR_BODY_TIMEOUT)
         named = head.headers.get("content-encoding", "")
         codings = [found[0].lower().removeprefix("x-") for found in CODINGS.finditer(named)]
-        if codings not in ([], ["gzip"], ["deflate"]):
-            # Not asked for; and encodings on top of each other unpack to more than memory holds.
-            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
-        self.coding = "".join(codings)
+        if codings in ([], ["gzip"], ["deflate"]):
+            self.coding = "".join(codings)
+        else:  # not asked for; and encodings on top of each other unpack to more than memory holds
+            self.reply.error = AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
+
+    def saw(self, data: bytes) -> None:
+        """Look at bytes as they came, before they are unpacked: `ShownAttempt` does."""
 
     def feed(self, data: bytes) -> list[Any]:
         """Take the next bytes of the reply; return the pieces of the answer in them."""
@@ -1293,7 +1325,7 @@ class Attempt:
             # But its end comes soon, or is not worth waiting for.
             self._hurry(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
         else:
-            self.patience = self.exchange.timeout
+            self.patience, self.deadline = self.exchange.timeout, 0.0
         return self._out(pieces)
 
     def _hurry(self, seconds: float, renew: bool = False) -> None:
@@ -1307,8 +1339,8 @@ class Attempt:
         reply, known = self.reply, self.reply.error
         pieces = [] if self.refusal else reply.close()
         if self.refusal:
-            reply.error = status_error(self.refusal, self.refusal_body)
-        elif self.failure and not known and not reply.whole:
+            reply.error = status_error(self.refusal, b"" if known else self.refusal_body)
+        elif self.failure and not (known or reply.whole or reply.framing.page):
             reply.error = transport_error(self.failure, reply.completion.answered, self.exchange.timeout)
         elif not reply.error:
             pieces += reply.finish()
@@ -1504,9 +1536,10 @@ class AsyncBody:
         import asyncio
 
         attempt, piece = self.attempt, anext(self.pieces)
-        if attempt.patience == attempt.exchange.timeout:  # which httpx keeps
-            return await piece
-        return await asyncio.wait_for(piece, attempt.patience)
+        kept_by_httpx = attempt.patience == attempt.exchange.timeout
+        data = await (piece if kept_by_httpx else asyncio.wait_for(piece, attempt.patience))
+        attempt.saw(data)
+        return data
 
 
 def unpack(coding: str, body: Any) -> httpx.Response:
@@ -1679,12 +1712,12 @@ class ShownAttempt(Attempt):
         self.show_headers("<", head.headers)
         super().open(head)
 
-    def feed(self, data: bytes) -> list[Any]:
+    def saw(self, data: bytes) -> None:
         self.show("<", data)
-        return super().feed(data)
 
     def close(self) -> list[Any]:
-        self.show("!", root_reason(self.failure)[0].encode() if self.failure else b"the end")
+        end = root_reason(self.failure)[0] if self.failure else "stopped reading" if self.over else "the end"
+        self.show("!", end.encode())
         return super().close()
 
 
