@@ -1,0 +1,703 @@
+"""The machine that reads tool calls out of an answer: what models write, in every cutting, and what it may cost.
+
+The shapes are those of the issue, and of what vLLM's parsers for the same families (hermes, llama3_json, qwen2_5_coder)
+are tested with. More examples for the properties: LLM_AUTONOMOUS_EXAMPLES=10000 (chosen anew at each run).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple
+
+import llm
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loopback import delta
+
+import llm_autonomous
+from llm_autonomous import AutonomousError, Reply, ToolCallParser
+
+MORE_EXAMPLES = os.environ.get("LLM_AUTONOMOUS_EXAMPLES")
+examples = settings(max_examples=int(MORE_EXAMPLES or 150), derandomize=not MORE_EXAMPLES, deadline=None, database=None)
+
+KIB, MIB = 1024, 1024 * 1024
+NAMES = ("add", "now")
+NOW = ("now", {})
+ADD = ("add", {"a": 1})
+ADD_JSON = '{"name": "add", "arguments": {"a": 1}}'
+ADD_TAG = f"<tool_call>\n{ADD_JSON}\n</tool_call>"
+NOW_TAG = '<tool_call>{"name": "now"}</tool_call>'
+
+Told = list[Any]  # texts, and (name, arguments) for calls
+
+
+class Outcome(NamedTuple):
+    told: Told  # texts that follow each other being one
+    error: AutonomousError | None
+    finished: bool
+
+    @property
+    def everything(self) -> tuple[Told, str, bool]:
+        return self.told, str(self.error), self.finished
+
+
+def read(*pieces: str) -> Outcome:
+    """What an answer that comes in these pieces is read as."""
+    parser = ToolCallParser(set(NAMES))
+    out = [part for piece in pieces for part in parser.feed([piece])] + parser.feed([], end=True)
+    return Outcome(joined(out), parser.error, parser.finished)
+
+
+def joined(out: Iterable[str | llm.ToolCall]) -> Told:
+    told: Told = []
+    for part in out:
+        if not isinstance(part, str):
+            told.append((part.name, part.arguments))
+        elif told and isinstance(told[-1], str):
+            told[-1] += part
+        elif part:
+            told.append(part)
+    return told
+
+
+def without_space(told: Told) -> Told:
+    """The same without white space next to a call, which may be dropped."""
+    trimmed = []
+    for before, part, behind in zip([None, *told], told, [*told[1:], None], strict=False):
+        if isinstance(part, str):
+            part = part.lstrip() if isinstance(before, tuple) else part
+            part = part.rstrip() if isinstance(behind, tuple) else part
+        trimmed.append(part)
+    return [part for part in trimmed if part]
+
+
+def cuttings(text: str) -> Iterator[list[str]]:
+    """One character at a time, and cut at every place."""
+    yield list(text)
+    for place in range(len(text) + 1):
+        yield [text[:place], text[place:]]
+
+
+def in_pieces(text: str, size: int) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+# What models write
+
+CALLS = {
+    # Hermes
+    "in lines": (ADD_TAG, [ADD]),
+    "in one line": (f"<tool_call>{ADD_JSON}</tool_call>", [ADD]),
+    "without spaces": ('<tool_call>{"name":"add","arguments":{"a":1}}</tool_call>', [ADD]),
+    "arguments first": ('<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', [ADD]),
+    "indented": (f"<tool_call>\n{json.dumps(json.loads(ADD_JSON), indent=2)}\n</tool_call>\n", [ADD]),
+    "much white space": (f"<tool_call> \n\t\r\n  {ADD_JSON} \n\n </tool_call>  \n", [ADD]),
+    "two tags": (f"{ADD_TAG}\n{NOW_TAG}", [ADD, NOW]),
+    "two tags with nothing between": (f"{ADD_TAG}{NOW_TAG}", [ADD, NOW]),
+    "the same twice": (ADD_TAG * 2, [ADD, ADD]),
+    "two in one tag": (f'<tool_call>\n{ADD_JSON}\n{{"name": "now"}}\n</tool_call>', [ADD, NOW]),
+    "two in one tag with a semicolon": (f'<tool_call>{ADD_JSON}; {{"name": "now"}}</tool_call>', [ADD, NOW]),
+    "two in one tag with a comma": (f'<tool_call>{ADD_JSON}, {{"name": "now"}}</tool_call>', [ADD, NOW]),
+    "a list": (f'<tool_call>[{ADD_JSON}, {{"name": "now"}}]</tool_call>', [ADD, NOW]),
+    "a list of one": (f"<tool_call>[{ADD_JSON}]</tool_call>", [ADD]),
+    "no closing tag at the end": (f"<tool_call>\n{ADD_JSON}", [ADD]),
+    "no closing tag, but a line break": (f"<tool_call>\n{ADD_JSON}\n", [ADD]),
+    "half a closing tag": (f"<tool_call>{NOW_TAG[11:26]}</tool_call>", [NOW]),
+    "no closing tag before the next": (f"<tool_call>{ADD_JSON}\n{NOW_TAG}", [ADD, NOW]),
+    "no closing tag at all": (f'<tool_call>{ADD_JSON}<tool_call>{{"name": "now"}}', [ADD, NOW]),
+    "text before": (f"Let me add.\n{ADD_TAG}", ["Let me add.", ADD]),
+    "text behind": (f"{ADD_TAG}\nThat is it.", [ADD, "That is it."]),
+    "text before, between and behind": (f"One: {ADD_TAG} two: {NOW_TAG} three.", ["One:", ADD, "two:", NOW, "three."]),
+    "behind a smaller-than": (f"a <{ADD_TAG}", ["a <", ADD]),
+    "behind half a tag": (f"<tool_{ADD_TAG}", ["<tool_", ADD]),
+    "behind a tag that is text": (f"The tag <tool_call> is: {ADD_TAG}", ["The tag <tool_call> is:", ADD]),
+    "behind a tag that is doubled": (f"<tool_call>\n{NOW_TAG}", ["<tool_call>", NOW]),
+    "smaller-than behind": (f"{NOW_TAG} < b", [NOW, "< b"]),
+    "tag in prose behind": (f"{NOW_TAG} with <tool_call>.", [NOW, "with <tool_call>."]),
+    "half a tag behind": (f"{NOW_TAG} <tool_", [NOW, "<tool_"]),
+    "in a fence of XML": (f"```xml\n{ADD_TAG}\n```", ["```xml", ADD, "```"]),
+    "behind JSON of a call's keys": (f'{{"id": 7}} then {NOW_TAG}', ['{"id": 7} then', NOW]),
+    "behind a call in bare JSON": (f"{ADD_JSON}\n{NOW_TAG}", [ADD_JSON, NOW]),
+    "behind an answer in JSON": (f'{{"sum": 3}}\n{NOW_TAG}', ['{"sum": 3}', NOW]),
+    # Qwen Coder
+    "tools": (f"<tools>\n{ADD_JSON}\n</tools>", [ADD]),
+    "tools in one line": (f"<tools>{ADD_JSON}</tools>", [ADD]),
+    "two tools": (f'<tools>{ADD_JSON}</tools><tools>{{"name": "now", "arguments": {{}}}}</tools>', [ADD, NOW]),
+    "tools among words": (f"Let me add.\n\n<tools>{ADD_JSON}</tools>\n\nDone!", ["Let me add.", ADD, "Done!"]),
+    "tools without an end": (f"<tools>{ADD_JSON}", [ADD]),
+    "tools that end as a call": (f"<tools>{ADD_JSON}</tool_call>", [ADD]),
+    "a call that ends as tools": (f"<tool_call>{ADD_JSON}</tools>", [ADD]),
+    "a fence": (f"```json\n{ADD_JSON}\n```", [ADD]),
+    "a fence and a line break": (f"```json\n{ADD_JSON}\n```\n", [ADD]),
+    "a fence without a language": (f"```\n{ADD_JSON}\n```", [ADD]),
+    "a fence without an end": (f"```json\n{ADD_JSON}", [ADD]),
+    "a fence of a list": (f'```json\n[{ADD_JSON}, {{"name": "now"}}]\n```', [ADD, NOW]),
+    "a fence of two": (f'```json\n{ADD_JSON}\n{{"name": "now"}}\n```', [ADD, NOW]),
+    # Llama
+    "bare": (ADD_JSON, [ADD]),
+    "bare with parameters": ('{"name": "add", "parameters": {"a": 1}}', [ADD]),
+    "bare with white space": (f"\n\n {ADD_JSON}\n ", [ADD]),
+    "bare with a type": ('{"type": "function", "name": "add", "parameters": {"a": 1}}', [ADD]),
+    "bare with function as the name": ('{"type": "function", "function": "add", "parameters": {"a": 1}}', [ADD]),
+    "bare of OpenAI's shape": ('{"type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1}"}}', [ADD]),
+    "bare with parameters first": ('{"parameters": {"a": 1}, "name": "add"}', [ADD]),
+    "bare without arguments": ('{"name": "now"}', [NOW]),
+    "bare with a semicolon": (f'{ADD_JSON}; {{"name": "now", "parameters": {{}}}}', [ADD, NOW]),
+    "bare with a semicolon alone": (f'{ADD_JSON};{{"name": "now", "parameters": {{}}}}', [ADD, NOW]),
+    "bare with a semicolon between spaces": (f'{ADD_JSON} ; {{"name": "now"}} ; {ADD_JSON}', [ADD, NOW, ADD]),
+    "bare with a line break": (f'{ADD_JSON}\n{{"name": "now"}}', [ADD, NOW]),
+    "bare list": (f'[{ADD_JSON}, {{"name": "now"}}]', [ADD, NOW]),
+    "bare in Python's literals": ("{'name': 'add', 'parameters': {'a': 1}}", [ADD]),
+    "bare nested": (
+        '{"name": "add", "parameters": {"a": {"b": {"c": {"d": [{"e": "deep"}]}}}}}',
+        [("add", {"a": {"b": {"c": {"d": [{"e": "deep"}]}}}})],
+    ),
+    "python tag": (f"<|python_tag|>{ADD_JSON}", [ADD]),
+    "python tag and a line break": (f"<|python_tag|>\n{ADD_JSON}\n", [ADD]),
+    "python tag and two": (f'<|python_tag|>{ADD_JSON}; {{"name": "now"}}', [ADD, NOW]),
+    # OpenAI's shape in a tag
+    "function": ('<tool_call>{"function": {"name": "add", "arguments": {"a": 1}}}</tool_call>', [ADD]),
+    "function with an id": (
+        '<tool_call>{"id": "x", "type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1}"}}',
+        [ADD],
+    ),
+    # Arguments
+    "arguments as a string": ('<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', [ADD]),
+    "arguments as an empty string": ('<tool_call>{"name": "now", "arguments": ""}</tool_call>', [NOW]),
+    "arguments as a string of none": ('<tool_call>{"name": "now", "arguments": "{}"}</tool_call>', [NOW]),
+    "null": ('<tool_call>{"name": "now", "arguments": null}</tool_call>', [NOW]),
+    "an empty object": ('<tool_call>{"name": "now", "arguments": {}}</tool_call>', [NOW]),
+    "parameters in a tag": ('<tool_call>{"name": "add", "parameters": {"a": 1}}</tool_call>', [ADD]),
+    "all types": (
+        '<tool_call>{"name": "add", "arguments": {"s": "é", "i": -42, "f": 3.5e2, "b": true, "n": null, "l": [1, []]}}'
+        "</tool_call>",
+        [("add", {"s": "é", "i": -42, "f": 350.0, "b": True, "n": None, "l": [1, []]})],
+    ),
+    "raw line breaks": (
+        '<tool_call>{"name": "add", "arguments": {"a": "x\n\ty\r\n"}}</tool_call>',
+        [("add", {"a": "x\n\ty\r\n"})],
+    ),
+    "Python's literals": (
+        "<tool_call>{'name': 'add', 'arguments': {'a': True, 'b': None, 'c': [False]}}</tool_call>",
+        [("add", {"a": True, "b": None, "c": [False]})],
+    ),
+    "Python's strings": (
+        """<tool_call>{'name': 'add', 'arguments': {'a': "it's", 'b': '"}{', 'c': 'n\\'t'}}</tool_call>!""",
+        [("add", {"a": "it's", "b": '"}{', "c": "n't"}), "!"],
+    ),
+    "Python's strings with a raw line break": (
+        "<tool_call>{'name': 'add', 'arguments': {'a': 'x\ny'}}</tool_call>",
+        [("add", {"a": "x\ny"})],
+    ),
+    "JSON but for Python's constants": (
+        '<tool_call>{"name": "add", "arguments": {"a": True, "b": None}}</tool_call>',
+        [("add", {"a": True, "b": None})],
+    ),
+    "two in Python's literals": ("<tool_call>{'name': 'now'}\n{'name': 'now'}</tool_call>", [NOW, NOW]),
+    "tags and braces in a string": (
+        '<tool_call>{"name": "add", "arguments": {"a": "</tool_call> }{ <tool_call>{\\"b\\": [ <tools>"}}</tool_call>.',
+        [("add", {"a": '</tool_call> }{ <tool_call>{"b": [ <tools>'}), "."],
+    ),
+    "quotes and backslashes in a string": (
+        r'<tool_call>{"name": "add", "arguments": {"a": "He said \"{hi}\"", "b": "C:\\", "c": "\\\""}}</tool_call>',
+        [("add", {"a": 'He said "{hi}"', "b": "C:\\", "c": '\\"'})],
+    ),
+    "an apostrophe in a string": (
+        '<tool_call>{"name": "add", "arguments": {"a": "it\'s {"}}</tool_call>.',
+        [("add", {"a": "it's {"}), "."],
+    ),
+    # Names
+    "an unknown name in a tag": ('<tool_call>{"name": "subtract", "arguments": {}}</tool_call>', [("subtract", {})]),
+    "a name that is not ASCII": ('<tool_call>{"name": "größe"}</tool_call>', [("größe", {})]),
+}
+
+TEXTS = {
+    "words": "Hello, world.",
+    "nothing but white space": " \n\n ",
+    "smaller-than": "a < b and c<d, <<, x <",
+    "other tags": "Use <toolbox>, <tool>, <Tool_call>, <tool_calls> or </tool>.",
+    "tag in prose": "Write <tool_call> to call, and </tool_call> behind it. Not <tools> nor </tools>.",
+    "tag at the end": "Write <tool_call>",
+    "tag and white space at the end": "Write <tool_call> \n ",
+    "tag cut off": "Write <tool_ca",
+    "each prefix of a tag": " ".join("<tool_response>"[:n] + "|" + "<tools>"[:n] for n in range(16)),
+    "tag in quotes": 'Between "<tool_call>" and "</tool_call>" stands JSON such as {"name": "add"}.',
+    "words in a tag": "<tool_call>add(a=1)</tool_call>",
+    "tag and much white space": f"<tool_call>{' ' * 400}{{}}",
+    "closing tags": "</tool_call></tools></tool_response>",
+    "made-up result without a call": 'See <tool_response>{"name": "add"}</tool_response> for it.',
+    "JSON": '{"answer": 42}',
+    "JSON of a call's keys": '{"name": "Bob", "arguments": {"for": 1, "against": 2}}',
+    "JSON of an unknown tool": '{"name": "subtract", "parameters": {"a": 1}}',
+    "JSON that only has a tool's name": '{"name": "add", "description": "adds numbers"}',
+    "JSON with a type": '{"type": "object", "properties": {"name": {"type": "string"}}}',
+    "JSON without a name": '{"parameters": {}}',
+    "JSON list": '[{"answer": 42}, 1]',
+    "JSON list with a call and something else": f'[{ADD_JSON}, {{"answer": 42}}]',
+    "a known and an unknown name": f'{ADD_JSON}\n{{"name": "subtract", "arguments": {{}}}}',
+    "a number": "42",
+    "a string": '"{\\"name\\": \\"add\\"}"',
+    "a call in JSON, and words": f"{ADD_JSON} is what I would call.",
+    "a call in JSON behind words": f"I would call {ADD_JSON}",
+    "a call in JSON with a nameless end": f"{ADD_JSON}}}",
+    "a call in a fence behind words": f"Like this:\n```json\n{ADD_JSON}\n```",
+    "a call in a fence, and words": f"```json\n{ADD_JSON}\n```\nThat would add.",
+    "bare and cut off": '{"name": "add", "parameters": {"a": 1}',
+    "bare and broken": '{"name": "add", "parameters": {a: 1}}',
+    "bare with arguments that are none": '{"name": "add", "parameters": [1]}',
+    "the tools as they were given": '<tools>\n{"name": "add", "description": "Adds", "parameters": {}}\n</tools>',
+    "code": 'def f():\n    return {"name": "add"}["name"] < "b" and f"{x!r}" or [[]]\n',
+    "indented code": "    if a < b:\n        return {}\n",
+    "a fence of Python": '```python\nx = {"name": "add"}\n```\n',
+    "a fence of JSON that is an answer": '```json\n{"answer": [1, {"name": "add"}]}\n```',
+    "an empty fence": "```\n```",
+    "the start of a fence": "```js",
+    "the start of JSON": '{"na',
+    "a brace": "{",
+    "brackets": "[[[[",
+    "python tag and code": "<|python_tag|>print(1)",
+    "half a python tag": "<|pyth",
+    "word that begins as a fence's language": "jsonschema is a package.",
+    "quotes": "'a' \"b\" 'c\" \\' \\\"",
+    "line breaks": "\n\na\r\n\r\nb\n",
+    "no ASCII": "Привет < 𝄞 {é}\u2028[",
+}
+
+BROKEN = {
+    "cut off": ('<tool_call>{"name": "add", "arguments": {"a": 1', [], "no valid JSON"),
+    "cut off in a string": ('<tool_call>{"name": "add", "arguments": {"a": "x}}</tool_call>', [], "no valid JSON"),
+    "cut off behind its first brace": ("<tool_call>{", [], "no valid JSON"),
+    "cut off in a list": (f"<tool_call>[{ADD_JSON}", [], "no valid JSON"),
+    "text before it": ('Wait.\n<tool_call>{"name"', ["Wait.\n"], "no valid JSON"),
+    "cut off in tools": ('<tools>{"name": "no_close",', [], "no valid JSON"),
+    "no brace at the end": ('<tool_call>{"name": "add", "arguments": {"a": 1}</tool_call>', [], "no valid JSON"),
+    "a brace too many at the end": (f"<tool_call>{ADD_JSON}}}</tool_call>", [], "behind its end"),
+    "a brace too many": (f"<tool_call>{{{ADD_JSON}}}</tool_call>", [], "no valid JSON"),
+    "no value": ('<tool_call>{"name": "add", "arguments": {"a": }}</tool_call>', [], "no valid JSON"),
+    "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "no valid JSON"),
+    "no JSON at all": ("<tool_call>{add 1}</tool_call>", [], "no valid JSON"),
+    "code in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': f(1)}}</tool_call>", [], "JSON"),
+    "a set in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': {1, 2}}}</tool_call>", [], "JSON"),
+    "bytes in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': b'x'}}</tool_call>", [], "JSON"),
+    "no name": ('<tool_call>{"arguments": {"a": 1}}</tool_call>', [], '"name"'),
+    "an empty object": ("<tool_call>{}</tool_call>", [], '"name"'),
+    "an empty name": ('<tool_call>{"name": "", "arguments": {}}</tool_call>', [], '"name"'),
+    "a name that is a number": ('<tool_call>{"name": 7, "arguments": {}}</tool_call>', [], '"name"'),
+    "a name that is a list": ('<tool_call>{"name": ["add"], "arguments": {}}</tool_call>', [], '"name"'),
+    "a name of control characters": ('<tool_call>{"name": "\\u001b[2J", "arguments": {}}</tool_call>', [], '"name"'),
+    "another key for arguments": ('<tool_call>{"name": "add", "args": {"a": 1}}</tool_call>', [], '"arguments"'),
+    "arguments as a list": ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', [], '"arguments"'),
+    "arguments as a number": ('<tool_call>{"name": "add", "arguments": 1}</tool_call>', [], '"arguments"'),
+    "arguments as false": ('<tool_call>{"name": "add", "arguments": false}</tool_call>', [], '"arguments"'),
+    "arguments as words": ('<tool_call>{"name": "add", "arguments": "hello"}</tool_call>', [], '"arguments"'),
+    "arguments as a string of a list": (
+        '<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>',
+        [],
+        '"arguments"',
+    ),
+    "a list of numbers": ("<tool_call>[1, 2]</tool_call>", [], "no JSON object"),
+    "a list with a call and a number": (f"<tool_call>[{ADD_JSON}, 2]</tool_call>", [], "no JSON object"),
+    "an empty list": ("<tool_call>[]</tool_call>", [], ""),
+    "nested too deep": (f"<tool_call>{'[' * 100_000}</tool_call>", [], ""),
+    "nested too deep and closed": (f"<tool_call>{'[' * 3000}{']' * 3000}</tool_call>", [], ""),
+    "behind a good one": (f'{NOW_TAG}<tool_call>{{"name"', [], "no valid JSON"),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), CALLS.values(), ids=CALLS)
+def test_call_is_read_in_every_cutting(text: str, told: Told) -> None:
+    """Texts and calls come in order, and the same however the answer is cut."""
+    whole = read(text)
+    assert (without_space(whole.told), whole.error) == (told, None)
+    for pieces in cuttings(text):
+        assert read(*pieces).everything == whole.everything
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_text_is_untouched_in_every_cutting(text: str) -> None:
+    """What is no call comes out to the last character, however it is cut."""
+    for pieces in ([text], *cuttings(text)):
+        assert read(*pieces).everything == ([text], "None", False)
+
+
+@pytest.mark.parametrize(("text", "told", "reason"), BROKEN.values(), ids=BROKEN)
+def test_broken_call_is_an_error_in_every_cutting(text: str, told: Told, reason: str) -> None:
+    """The error says what is wrong and how the call begins, the correction puts the same to the model."""
+    whole = read(text)
+    assert whole.error is not None, f"no error, but {whole.told}"
+    assert whole.error.correction
+    assert whole.told == told
+    assert "it begins: " in whole.error.message
+    assert reason in whole.error.message
+    assert reason in whole.error.correction
+    assert "<tool_call>" in whole.error.correction
+    assert whole.error.message.isprintable()
+    assert whole.error.correction.isprintable()
+    for pieces in cuttings(text) if len(text) < 1000 else [in_pieces(text, 1000)]:
+        assert read(*pieces).everything == whole.everything
+
+
+@pytest.mark.parametrize("broken", ["<tool_call>{}</tool_call>", '<tool_call>{"name": }</tool_call>', "<tool_call>[1]"])
+def test_a_broken_call_takes_all_others_with_it(broken: str) -> None:
+    """The model is to answer again, with all its calls: neither those before nor what stands behind comes out."""
+    for text in (f"Wait. {broken} Hello. {ADD_TAG}", f"Wait. {NOW_TAG} {broken}", f"Wait. {broken} <tool_response>"):
+        outcome = read(text)
+        assert outcome.told == ["Wait. "]
+        assert outcome.error
+
+
+def test_each_call_has_an_id_of_its_own() -> None:
+    """The same call twice is two calls, in one answer as in two."""
+    calls = [call for text in (ADD_TAG * 2, ADD_TAG) for call in ToolCallParser({"add"}).feed([text], end=True)]
+    ids = [call.tool_call_id for call in calls if isinstance(call, llm.ToolCall)]
+    assert len(set(ids)) == 3
+    assert all(isinstance(name, str) and name for name in ids)
+
+
+MADE_UP = {
+    "in lines": (f"{ADD_TAG}\n<tool_response>\n3\n</tool_response>\nThat makes 3.", [ADD]),
+    "with nothing between": (f"{ADD_TAG}<tool_response>3", [ADD]),
+    "without a closing tag": (f"<tool_call>{ADD_JSON}\n<tool_response>3</tool_response>", [ADD]),
+    "behind two": (f"{ADD_TAG}{NOW_TAG}\n<tool_response>3</tool_response>", [ADD, NOW]),
+    "and a further call": (f"{ADD_TAG}<tool_response>3</tool_response>{NOW_TAG}", [ADD]),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), MADE_UP.values(), ids=MADE_UP)
+def test_made_up_result_ends_the_answer(text: str, told: Told) -> None:
+    """What stands behind a result that the model makes up is neither text nor a call."""
+    whole = read(text)
+    assert (without_space(whole.told), whole.error, whole.finished) == (told, None, True)
+    for pieces in cuttings(text):
+        outcome = read(*pieces)
+        assert (without_space(outcome.told), outcome.error, outcome.finished) == (told, None, True)
+
+
+def test_made_up_result_behind_bare_json() -> None:
+    """A bare call is one with a made-up result behind it as well, which is not kept."""
+    text = f"{ADD_JSON}\n<tool_response>\n3\n</tool_response> That makes 3."
+    for pieces in ([text], *cuttings(text)):
+        assert without_space(read(*pieces).told) == [ADD]
+
+
+# What is held
+
+OPENINGS = ("<tool_call>", "<tools>", "<tool_response>")
+
+
+def may_be_tag(text: str) -> int:
+    """How many of the last characters may still become a tag, or stand between a tag and what tells its meaning."""
+    found = re.search(r"<(tool_call|tools)>\s*\Z", text)
+    length = len(found[0]) if found else 0
+    starts = [n for n in range(1, 16) if any(tag.startswith(text[-n:]) for tag in OPENINGS)]
+    return max(length, *starts, 0) if starts else length
+
+
+@examples
+@given(st.lists(st.sampled_from([*"<>/{}[]ab \n\"'", *OPENINGS, "<tool", "_call", "</tool_call>", "s>"]), max_size=12))
+def test_only_what_may_be_a_tag_is_held(atoms: list[str]) -> None:
+    """One character at a time, all is out but what may still be the tag of a call."""
+    text = re.sub(r"(<(tool_call|tools)>)[{\[\s]*(?=[{\[])[{\[]", r"\1", f"Say: {''.join(atoms)}")
+    parser, out = ToolCallParser(set(NAMES)), ""
+    for n, char in enumerate(text, 1):
+        out += "".join(str(piece) for piece in parser.feed([char]))
+        assert text.startswith(out)
+        assert n - len(out) <= may_be_tag(text[:n])
+
+
+KNOWN = [
+    "H",
+    "    i",
+    "\n\n#",
+    "- ",
+    "42",
+    '"',
+    "{ }",
+    '{"answer":',
+    '{"name": "Bob"',
+    "{x",
+    "[1",
+    '[{"a":',
+    "[[1",
+    "```p",
+    "```json\n# ",
+    '```json\n{"a":',
+    "<b",
+    "<|im",
+    "``x",
+    "Jason",
+]
+
+
+@pytest.mark.parametrize("start", KNOWN)
+def test_text_goes_out_once_it_is_known_that_it_is_no_call(start: str) -> None:
+    """A reply that begins as one of a call's forms is held up to the character that tells, and no longer."""
+    parser = ToolCallParser(set(NAMES))
+    out = [piece for char in start for piece in parser.feed([char])]
+    assert "".join(map(str, out)) == start
+    assert parser.feed(["a", "b "]) == ["ab "]
+
+
+def test_text_before_a_call_does_not_wait_for_it() -> None:
+    """Only the call is held, from its tag on."""
+    parser = ToolCallParser(set(NAMES))
+    assert parser.feed(["Wait. <tool_call>", ADD_JSON[:-1]]) == ["Wait. "]
+    assert parser.feed(["}"]) == []
+    assert joined(parser.feed([], end=True)) == [ADD]
+
+
+# Bounds and cost
+
+
+@pytest.mark.parametrize("start", [f"<tool_call>{ADD_JSON[:-3]}, ", '{"name": "add", "parameters": {"a": "'])
+@pytest.mark.parametrize("block", ["x", "{", "[", '"', "'", "\\", " "])
+def test_call_larger_than_the_bound(start: str, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that never ends is an error at the bound, and no more than that is kept of it."""
+    bound = 128 * KIB
+    monkeypatch.setattr(llm_autonomous, "MAX_EVENT_BYTES", bound)
+    reply, event = Reply([ToolCallParser(set(NAMES))]), f"data: {json.dumps(delta(block * KIB))}\n\n".encode()
+    tracemalloc.start()
+    try:
+        out = reply.feed(f"data: {json.dumps(delta(start))}\n\n".encode())
+        for _ in range(5 * bound // KIB):
+            out += reply.feed(event)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "a tool call larger than" in str(reply.error)
+    assert reply.error
+    assert reply.error.correction is None  # it would have to be sent again
+    assert out == []
+    assert held < 3 * bound
+    assert peak < 4 * bound
+
+
+def test_bound_is_for_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text before a call may have any length."""
+    monkeypatch.setattr(llm_autonomous, "MAX_EVENT_BYTES", KIB)
+    outcome = read(*in_pieces("y" * 9 * KIB + ADD_TAG, 100))
+    assert (outcome.told, outcome.error) == (["y" * 9 * KIB, ADD], None)
+
+
+ENDLESS: dict[str, tuple[str, str]] = {  # what comes first, and what again and again
+    "<": ("", "<"),
+    "< behind text": ("Text ", "<"),
+    "{": ("", "{"),
+    "[": ("", "["),
+    "white space": ("", " "),
+    "fences": ("", "```"),
+    "tag": ("", "<tool_call>"),
+    "response tag": ("", "<tool_response>"),
+    "half a tag": ("Text ", "<tool_"),
+    "tag and white space": ("", "<tool_call>   "),
+    "white space behind a tag": ("<tool_call>", " "),
+    "words": ("", "word "),
+    "long string": ('<tool_call>{"a": "', "x"),
+    "long string with escapes": ('<tool_call>{"a": "', '\\"'),
+    "braces in a tag": ("<tool_call>", "{"),
+    "closed braces in a tag": ('<tool_call>{"a": [', "{},"),
+    "strings in a tag": ("<tool_call>{", '"a",'),
+    "quotes in a tag": ("<tool_call>{", "'\""),
+    "calls": ("", NOW_TAG),
+    "calls in one tag": ("<tool_call>", '{"name": "now"}\n'),
+    "white space behind a call": (NOW_TAG, " "),
+    "< behind a call": (NOW_TAG, "<"),
+    "; behind a call": (NOW_TAG[:26], ";"),
+    "words behind a call": (NOW_TAG, "word "),
+    "bare string": ('{"name": "add", "parameters": {"a": "', "x"),
+    "bare calls": ("", '{"name": "now"}\n'),
+    "bare and open quotes": ('{"name": "add", x"', '\\"'),
+    "bare and open apostrophes": ('{"name": "add", x"', "'"),
+    "bare brackets": ('{"name": "add", "parameters": ', "["),
+    "bare and then words": ('{"name": "add"} ', "word "),
+    "bare and then smaller-than": ('{"name": "add"} ', "<"),
+    "made-up result": (f"{NOW_TAG}<tool_response>", "<tool_call>{"),
+}
+
+
+@pytest.fixture
+def cpu_guard() -> Iterator[None]:
+    """What is not linear would take hours at the sizes of these tests: it fails after 10 s of CPU instead."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise AssertionError("10 s of CPU for what takes a fraction of one")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
+
+
+def work(pieces: list[str]) -> int:
+    """Calls made to read ``pieces``, characters in the strings that they read, and bytes taken for it."""
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        nonlocal total
+        if event == "c_call":
+            owner = getattr(arg, "__self__", None)
+            reads = isinstance(owner, str) and arg.__name__ not in ("startswith", "endswith")
+            total += 1 + (len(owner) if reads else 0)
+        elif event == "call":
+            total += 1
+
+    total, parser = 0, ToolCallParser(set(NAMES))
+    tracemalloc.start()
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        for piece in [*pieces, None]:
+            tracemalloc.reset_peak()
+            held, _ = tracemalloc.get_traced_memory()
+            parser.feed([] if piece is None else [piece], end=piece is None)
+            total += tracemalloc.get_traced_memory()[1] - held
+    finally:
+        sys.setprofile(before)
+        tracemalloc.stop()
+    return total
+
+
+@pytest.mark.parametrize(("start", "again"), ENDLESS.values(), ids=ENDLESS)
+def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
+    """Four times as much of anything, in pieces of 1 KB, is at most 4.8 times the work, and 1 MB of it is read."""
+
+    def pieces(size: int) -> list[str]:
+        return in_pieces(start + again * (size // len(again)), KIB)
+
+    small, large = work(pieces(16 * KIB)), work(pieces(64 * KIB))
+    assert large <= 4.8 * small + 64 * KIB
+    parser = ToolCallParser(set(NAMES))
+    for piece in pieces(MIB):
+        parser.feed([piece])
+    parser.feed([], end=True)
+
+
+# Properties
+
+RICH = [
+    *"<>{}[]\"'`\\/:,; \n\ta1é𝄞",
+    *("<tool_call", "<tool_call>", "tool_call>", "</tool_call>", "<tools>", "</tools>", "<tool_", "<tool_response"),
+    *(
+        "```",
+        "```json\n",
+        "<|python_tag|>",
+        "<|",
+        '"name"',
+        '{"name": ',
+        '{"name": "add", "x": ',
+        '{"type": ',
+        "{'name'",
+    ),
+    *('{"name": "Bob"}', '{"a": 1}', "[{", "}]", "}}", "\n\n", "  ", "\\n", "if a < b: ", "json", "\u2028"),
+]
+NO_CALLS = (
+    st.lists(st.sampled_from(RICH) | st.text(max_size=4), max_size=14)
+    .map("".join)
+    .filter(lambda text: not re.search(r"<(tool_call|tools)>\s*[{\[]", text))
+)
+
+
+@st.composite
+def cut(draw: st.DrawFn, text: str) -> list[str]:
+    """A text in pieces, some of which may be empty."""
+    if draw(st.booleans()):
+        return in_pieces(text, draw(st.integers(1, 3)))
+    edges = sorted(draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    return [text[start:end] for start, end in zip([0, *edges], [*edges, len(text)], strict=True)]
+
+
+@examples
+@given(NO_CALLS.flatmap(lambda text: st.tuples(st.just(text), cut(text))))
+def test_any_text_without_a_call_is_untouched(example: tuple[str, list[str]]) -> None:
+    """Whatever it is rich in, text comes out as it is, for any cutting."""
+    text, pieces = example
+    assert read(*pieces).everything == ([text] if text else [], "None", False)
+
+
+STRINGS = st.text(max_size=8) | st.lists(st.sampled_from(RICH), max_size=4).map("".join)
+ARGUMENTS = st.dictionaries(
+    STRINGS,
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**40), 2**40) | STRINGS,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(STRINGS, inner, max_size=3),
+        max_leaves=5,
+    ),
+    max_size=3,
+)
+
+
+def as_it_is(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@st.composite
+def call_texts(draw: st.DrawFn) -> tuple[str, tuple[str, dict[str, Any]]]:
+    """A call in one of its forms in tags, and what it says."""
+    name, arguments = draw(st.sampled_from(["add", "now", "unknown"])), draw(ARGUMENTS)
+    style = draw(st.sampled_from([json.dumps, as_it_is, lambda value: json.dumps(value, indent=1), repr]))
+    if style is repr and re.search("</?tool", repr(arguments)):
+        style = as_it_is  # only in JSON's strings are tags text
+    call: dict[str, Any] = {"name": name, draw(st.sampled_from(["arguments", "parameters"])): arguments}
+    shape = draw(st.sampled_from(["call", "call", "list", "function"]))
+    value = {"call": call, "list": [call], "function": {"type": "function", "function": call}}[shape]
+    tag, space = draw(st.sampled_from(["tool_call", "tools"])), draw(st.sampled_from(["", "\n", " \n "]))
+    return f"<{tag}>{space}{style(value)}{space}</{tag}>", (name, arguments)
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[str, list[str], Told]:
+    """An answer of texts and calls in any order, the same in pieces, and what it says."""
+    text, told = "", []
+    for _ in range(draw(st.integers(1, 4))):
+        if draw(st.booleans()):
+            words = draw(NO_CALLS.filter(lambda text: "<tool_response" not in text))
+            text, told = text + words, [*told, words]
+        else:
+            call, said = draw(call_texts())
+            text, told = text + call, [*told, said]
+    return text, draw(cut(text)), told
+
+
+def merged(told: Told) -> Told:
+    parts: Told = []
+    for part in told:
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        elif part:
+            parts.append(part)
+    return parts
+
+
+@examples
+@given(mixtures())
+def test_any_mixture_of_text_and_calls_comes_in_order(mixture: tuple[str, list[str], Told]) -> None:
+    """Texts and calls come as they were written, but for white space next to a call."""
+    text, pieces, told = mixture
+    outcome = read(*pieces)
+    assert outcome.error is None
+    assert without_space(outcome.told) == without_space(merged(told))
+    assert outcome.everything == read(text).everything
+
+
+@examples
+@given(
+    st.lists(st.sampled_from([*RICH, ADD_JSON, NOW_TAG, "<tool_call>{", "<tools>["]), max_size=9).map("".join),
+    st.data(),
+)
+def test_any_cutting_of_anything_gives_the_same(text: str, data: st.DataObject) -> None:
+    """Also what is broken is read alike, and ends in text, calls, or one error that can be put to the model."""
+    outcome = read(*data.draw(cut(text)))
+    assert outcome.everything == read(text).everything
+    if outcome.error:
+        assert outcome.error.correction
+        assert outcome.error.message.isprintable()
+    else:
+        assert outcome.told or not text.strip()
