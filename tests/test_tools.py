@@ -1,0 +1,715 @@
+"""Tools, end to end against the loopback server: what is sent, what comes back, and what goes wrong in between."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import llm
+import pytest
+from conftest import PNG, Ask, Start, finish, get_async_model, get_model, invoke, output_until
+from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant, system, user
+from loopback import DONE, ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
+from proxies import until
+
+import llm_autonomous
+from llm_autonomous import AutonomousError
+
+STOP = event(delta(finish_reason="stop")) + DONE
+ADD_TAG = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+NOW_TAG = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+BROKEN_TAG = '<tool_call>{"name": "now", "arguments": </tool_call>'
+
+
+def add(a: int, b: int = 2) -> int:
+    """Add two numbers"""
+    return a + b
+
+
+def now() -> str:
+    return "noon"
+
+
+def fail() -> str:
+    raise ValueError("no luck")
+
+
+def texts(*pieces: str, usage: dict[str, Any] | None = None) -> Answer:
+    """An answer of these pieces of text."""
+    last = [event({"choices": [], "usage": usage})] if usage else []
+    return say([*(event(delta(piece)) for piece in pieces), *last, STOP])
+
+
+def cut(*pieces: str) -> Answer:
+    """An answer of these pieces, after which the connection is lost."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        for piece in pieces:
+            await connection.send(event(delta(piece)))
+        await connection.drop()
+
+    return answer
+
+
+async def refuse(request: Request, connection: Connection) -> None:
+    await connection.whole(b"overloaded", "503 Service Unavailable")
+
+
+@dataclass
+class Chained:
+    """What came of a chain: the pieces of text, the responses with their messages, and the error that ended it."""
+
+    chunks: list[str] = field(default_factory=list)
+    responses: list[Any] = field(default_factory=list)
+    messages: list[list[Message]] = field(default_factory=list)  # of each response
+    error: AutonomousError | None = None
+
+    @property
+    def text(self) -> str:
+        if self.error:
+            raise self.error
+        return "".join(self.chunks)
+
+    @property
+    def calls(self) -> list[list[tuple[str, dict[str, Any]]]]:
+        """The calls that each response made."""
+        return [[(call.name, call.arguments) for call in r.tool_calls_or_raise()] for r in self.responses]
+
+    def parts(self, number: int) -> list[Any]:
+        """The texts and the calls of one response, in order."""
+        [message] = self.messages[number]
+        return [p.text if isinstance(p, TextPart) else (p.name, p.arguments) for p in message.parts]
+
+
+Chain = Callable[..., Chained]
+
+
+def chain_sync(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Chained:
+    chained, conversation = Chained(), get_model(model).conversation()
+    chained.responses = conversation.responses
+    try:
+        for chunk in conversation.chain(prompt, **kwargs):
+            chained.chunks.append(chunk)
+        chained.messages = [response.messages() for response in conversation.responses]
+    except AutonomousError as error:
+        chained.error = error
+    return chained
+
+
+async def chain_async(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Chained:
+    chained, conversation = Chained(), get_async_model(model).conversation()
+    chained.responses = conversation.responses
+    try:
+        async for chunk in conversation.chain(prompt, **kwargs):
+            chained.chunks.append(chunk)
+        chained.messages = [await response.messages() for response in conversation.responses]
+    except AutonomousError as error:
+        chained.error = error
+    return chained
+
+
+@pytest.fixture(params=["sync", "async"])
+def chain(request: pytest.FixtureRequest) -> Chain:
+    """``chain(prompt, model=..., tools=..., **kwargs)`` prompts, calls the tools and gives a `Chained`."""
+    if request.param == "sync":
+        return chain_sync
+    return lambda *args, **kwargs: asyncio.run(chain_async(*args, **kwargs))
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits that a prompt asked for, in seconds, none of which is waited."""
+    waits: list[float] = []
+    asleep, prompting = asyncio.sleep, threading.get_ident()
+
+    async def sleep(seconds: float) -> None:
+        if threading.get_ident() == prompting:
+            waits.append(seconds)
+        else:  # the server's
+            await asleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+def tools_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools that a request describes."""
+    _, _, behind = messages[0]["content"].partition("<tools>\n")
+    return [json.loads(line) for line in behind.partition("\n</tools>")[0].splitlines()]
+
+
+def results_in(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results that a message carries, where it carries nothing else."""
+    *results, rest = message["content"].split("\n</tool_response>")
+    assert rest == ""
+    return [json.loads(result.removeprefix("\n").removeprefix("<tool_response>\n")) for result in results]
+
+
+# What is sent: the bytes of a prompt without tools and schema are those of commit c887490
+
+HISTORY = [
+    system("Be brief"),
+    user("Wie spät?"),
+    Message(
+        role="assistant",
+        parts=[TextPart("Wait."), ToolCallPart("now", {"zone": "Köln"}, "id1"), ToolCallPart("add", {}, "id2")],
+    ),
+    Message(
+        role="tool",
+        parts=[
+            ToolResultPart("now", "noon", "id1"),
+            ToolResultPart("add", "Error: no", "id2", exception="ValueError: no"),
+        ],
+    ),
+    assistant("Noon."),
+    user("Thanks, and <tool_call>?"),
+]
+BODY_END = b'", "threadId": "llama", "stream": true, "aiAgent": "llama"}'
+HISTORY_BODY = (
+    b'{"messages": "'
+    b"W3sicm9sZSI6ICJzeXN0ZW0iLCAiY29udGVudCI6ICJCZSBicmllZiJ9LCB7InJvbGUiOiAidXNlciIsICJjb250ZW50IjogIldp"
+    b"ZSBzcFx1MDBlNHQ/In0sIHsicm9sZSI6ICJhc3Npc3RhbnQiLCAiY29udGVudCI6ICJXYWl0LlxuW2NhbGxlZCB0aGUgdG9vbCBu"
+    b"b3cgd2l0aCB7XCJ6b25lXCI6IFwiS1xcdTAwZjZsblwifV1cbltjYWxsZWQgdGhlIHRvb2wgYWRkIHdpdGgge31dIn0sIHsicm9s"
+    b"ZSI6ICJ1c2VyIiwgImNvbnRlbnQiOiAiW3RoZSB0b29sIG5vdyByZXR1cm5lZDogbm9vbl1cblt0aGUgdG9vbCBhZGQgZmFpbGVk"
+    b"OiBWYWx1ZUVycm9yOiBub10ifSwgeyJyb2xlIjogImFzc2lzdGFudCIsICJjb250ZW50IjogIk5vb24uIn0sIHsicm9sZSI6ICJ1"
+    b"c2VyIiwgImNvbnRlbnQiOiAiVGhhbmtzLCBhbmQgPHRvb2xfY2FsbD4/In1d"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "body"),
+    [
+        pytest.param(
+            {"prompt": "Hello"},
+            b'{"messages": "W3sicm9sZSI6ICJ1c2VyIiwgImNvbnRlbnQiOiAiSGVsbG8ifV0=',
+            id="prompt",
+        ),
+        pytest.param(
+            {"prompt": "Hello", "system": "Be brief"},
+            b'{"messages": "W3sicm9sZSI6ICJzeXN0ZW0iLCAiY29udGVudCI6ICJCZSBicmllZiJ9LCB7InJvbGUiOiAidXNlciIsICJjb250ZW'
+            b"50IjogIkhlbGxvIn1d",
+            id="system prompt",
+        ),
+        pytest.param({"prompt": None, "messages": HISTORY}, HISTORY_BODY, id="history with calls"),
+    ],
+)
+def test_prompt_without_tools_sends_the_bytes_of_before(
+    prompt: dict[str, Any], body: bytes, ask: Ask, server: Loopback
+) -> None:
+    """Who uses no tools notices nothing of them; calls of a history stand in brackets."""
+    assert ask(**prompt).text
+    assert server.last.body == body + BODY_END
+
+
+def test_tools_are_described_behind_the_system_prompt(chain: Chain, server: Loopback) -> None:
+    """One system message: the user's words, and then each tool as JSON and the tags of a call."""
+    assert chain("Hello", tools=[add, now], system="Be brief").text.startswith("llama heard: Hello")
+    first, second = server.last.messages
+    assert (first["role"], second) == ("system", {"role": "user", "content": "Hello"})
+    assert first["content"].startswith("Be brief\n\n")
+    assert "<tool_call>\n" in first["content"]
+    described, undescribed = tools_in(server.last.messages)
+    assert sorted(described) == ["description", "name", "parameters"]
+    assert (described["name"], described["description"]) == ("add", "Add two numbers")
+    assert described["parameters"]["required"] == ["a"]
+    assert described["parameters"]["properties"]["b"] == {"default": 2, "type": "integer"}
+    assert sorted(undescribed) == ["name", "parameters"]
+
+
+def test_tools_without_a_system_prompt_are_one(chain: Chain, server: Loopback) -> None:
+    """The instructions are then all of the system message."""
+    assert chain("Hello", tools=[add]).text == "llama heard: Hello"
+    assert [message["role"] for message in server.last.messages] == ["system", "user"]
+    assert server.last.messages[0]["content"] == server.last.messages[0]["content"].strip()
+
+
+def test_history_is_written_as_the_model_writes_it(ask: Ask, server: Loopback) -> None:
+    """With tools, earlier calls stand in tags, and all results of a round in one message, in the order of the calls."""
+    ask(None, messages=HISTORY, tools=[llm.Tool.function(now)])
+    first, *rest, last = server.last.messages
+    assert first["content"].startswith("Be brief\n\n")
+    called, told, answered = rest[1:]
+    assert (called["role"], told["role"], answered["role"]) == ("assistant", "user", "assistant")
+    words, *calls = called["content"].split("<tool_call>\n")
+    assert words == "Wait.\n"
+    assert [json.loads(call.partition("\n</tool_call>")[0]) for call in calls] == [
+        {"name": "now", "arguments": {"zone": "Köln"}},
+        {"name": "add", "arguments": {}},
+    ]
+    assert results_in(told) == [
+        {"name": "now", "content": "noon"},
+        {"name": "add", "content": "Error: no", "error": "ValueError: no"},
+    ]
+    assert last["content"] == "Thanks, and <tool_call>?"
+
+
+@pytest.mark.parametrize("name", ["vision", "llama"])
+def test_attachment_of_a_result_goes_as_pictures_do(name: str, chain: Chain, server: Loopback) -> None:
+    """What a tool attaches is sent to the model that sees, and a note to one that does not."""
+
+    def draw() -> llm.ToolOutput:
+        return llm.ToolOutput("done", attachments=[llm.Attachment(type="image/png", content=PNG)])
+
+    chain("Call draw with {}", f"autonomous-{name}", tools=[draw])
+    sent = server.last.messages
+    assert results_in(sent[3]) == [{"name": "draw", "content": "done"}]
+    if name == "vision":
+        url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+        assert json.dumps(sent).count("data:image/png") == 1
+        assert {"type": "image_url", "image_url": {"url": url}} in sent[-1]["content"]
+    else:
+        assert "[image/png attachment, not shown to this model]" in sent[-1]["content"]
+
+
+# Chains
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_chain_of_two_rounds(name: str, stream: bool, chain: Chain, server: Loopback) -> None:
+    """Each of the five calls the tool, is given its result, and answers."""
+    chained = chain('Call add with {"a": 40}', f"autonomous-{name}", tools=[add, now], stream=stream)
+    assert chained.text == f"{name}: add said 42"
+    assert chained.calls == [[("add", {"a": 40})], []]
+    assert [request.payload["stream"] for request in server.requests] == [stream] * 2
+    first, second = (request.messages for request in server.requests)
+    assert second[: len(first)] == first
+    called, told = second[len(first) :]
+    assert called == {
+        "role": "assistant",
+        "content": '<tool_call>\n{"name": "add", "arguments": {"a": 40}}\n</tool_call>',
+    }
+    assert (told["role"], results_in(told)) == ("user", [{"name": "add", "content": "42"}])
+
+
+def test_two_calls_in_one_reply(chain: Chain, server: Loopback) -> None:
+    """Both are made, and their results go in one message, in the order of the calls, each call with its own id."""
+    chained = chain('Call now with {} Call add with {"a": 1, "b": 1}', tools=[add, now])
+    assert chained.text == "llama: now said noon, add said 2"
+    assert chained.calls[0] == [("now", {}), ("add", {"a": 1, "b": 1})]
+    assert len({call.tool_call_id for call in chained.responses[0].tool_calls_or_raise()}) == 2
+    assert len(server.last.messages) == 4
+    assert [result["name"] for result in results_in(server.last.messages[-1])] == ["now", "add"]
+
+
+def test_text_and_calls_stay_in_order(chain: Chain, server: Loopback) -> None:
+    """Words before, between and behind calls keep their place, in the response's messages and in the next request."""
+    server.answers += [texts("Let me see.\n", NOW_TAG, "\nand ", "then\n", f"{ADD_TAG}\nSo.")]
+    chained = chain(tools=[add, now])
+    told = [part.strip() if isinstance(part, str) else part for part in chained.parts(0)]
+    assert told == ["Let me see.", ("now", {}), "and then", ("add", {"a": 1}), "So."]
+    content = server.last.messages[2]["content"]
+    places = [content.index(words) for words in ("Let me see.", '"now"', "and then", '"add"', "So.")]
+    assert places == sorted(places)
+    assert content.count("<tool_call>") == content.count("</tool_call>") == 2
+
+
+def test_tool_that_raises(chain: Chain, server: Loopback) -> None:
+    """The model is told the exception, and answers."""
+    assert chain("Call fail with {}", tools=[fail]).text == "llama: fail said ValueError: no luck"
+    [result] = results_in(server.last.messages[-1])
+    assert result == {"name": "fail", "content": "Error: no luck", "error": "ValueError: no luck"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [('{"a": "x"}', "TypeError"), ("{}", "missing 1 required"), ('{"c": 1}', "unexpected keyword")],
+)
+def test_arguments_are_not_second_guessed(arguments: str, words: str, chain: Chain, server: Loopback) -> None:
+    """A wrong type, one that is missing or one too many is what the tool says of it."""
+    assert words in chain(f"Call add with {arguments}", tools=[add]).text
+    assert words in results_in(server.last.messages[-1])[0]["error"]
+
+
+def test_unknown_tool(chain: Chain, server: Loopback) -> None:
+    """The model is told by `llm` that there is no such tool."""
+    server.answers += [texts('<tool_call>{"name": "nope", "arguments": {}}</tool_call>')]
+    assert 'tool "nope" does not exist' in chain(tools=[now]).text
+    assert results_in(server.last.messages[-1])[0]["content"] == 'Error: tool "nope" does not exist'
+
+
+def test_call_that_is_cancelled(chain: Chain, server: Loopback) -> None:
+    """The model is told what `before_call` says, and the tool is not called."""
+    called: list[str] = []
+
+    def before_call(tool: llm.Tool | None, call: llm.ToolCall) -> None:
+        raise llm.CancelToolCall("not today")
+
+    def record() -> str:
+        called.append("yes")
+        return "done"
+
+    assert "not today" in chain("Call record with {}", tools=[record], before_call=before_call).text
+    assert results_in(server.last.messages[-1])[0]["content"] == "Cancelled: not today"
+    assert called == []
+
+
+class Memory(llm.Toolbox):
+    """A toolbox that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+
+    def keep(self, what: str) -> str:
+        """Keep something"""
+        self.kept.append(what)
+        return f"{len(self.kept)} kept"
+
+
+def test_toolbox(chain: Chain, server: Loopback) -> None:
+    """The tools of a toolbox are called on one object, round for round."""
+    memory = Memory()
+    server.answers += [speak(), texts('<tool_call>{"name": "Memory_keep", "arguments": {"what": "two"}}</tool_call>')]
+    chained = chain('Call Memory_keep with {"what": "one"}', tools=[memory])
+    assert chained.text == "llama: Memory_keep said 2 kept"
+    assert memory.kept == ["one", "two"]
+    assert [tool["description"] for tool in tools_in(server.requests[0].messages)] == ["Keep something"]
+
+
+def test_bare_json_is_called_and_answered_json_is_not(chain: Chain, server: Loopback) -> None:
+    """A reply that is nothing but the call of a tool is one; one that is an answer in JSON is shown."""
+    server.answers += [texts('{"name": "now", ', '"parameters": {}}'), texts('{"name": "noon", ', '"age": 12}')]
+    chained = chain(tools=[now])
+    assert chained.calls == [[("now", {})], []]
+    assert chained.text == '{"name": "noon", "age": 12}'
+
+
+@pytest.mark.parametrize(
+    "text", [f"Write {NOW_TAG} for it.", '{"name": "now", "arguments": {}}', "<tool_call>{", "<tool_"]
+)
+def test_answer_to_a_prompt_without_tools_is_text(text: str, ask: Ask, server: Loopback) -> None:
+    """Whatever it says of calls is shown as it is."""
+    server.answers += [texts(*text)]
+    answer = ask()
+    assert answer.text == text
+    assert answer.response.tool_calls_or_raise() == []
+    assert len(server.requests) == 1
+
+
+def test_text_is_not_held(chain: Chain, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tools, each piece of text reaches the reader while the server still holds back the next."""
+    words, sent = ["One ", "a < b ", "and {two} ", "[three] ", "<toolbox> ", "five"], threading.Semaphore(1)
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        for word in words:
+            assert await asyncio.to_thread(sent.acquire, timeout=30), "the word before it was held"
+            await connection.send(event(delta(word)))
+        await connection.send(STOP)
+        await connection.end()
+
+    server.answer, process_chunk = answer, llm.models._BaseResponse._process_chunk
+
+    def seen(self: Any, chunk: Any) -> Any:
+        sent.release()
+        return process_chunk(self, chunk)
+
+    monkeypatch.setattr(llm.models._BaseResponse, "_process_chunk", seen)
+    assert chain(tools=[now]).chunks == words
+
+
+# What goes wrong
+
+
+def test_503_in_the_middle_of_a_chain(chain: Chain, server: Loopback, sleeps: list[float]) -> None:
+    """The round is tried again with the same bytes, and no tool is called twice."""
+    called: list[str] = []
+
+    def record() -> str:
+        called.append("yes")
+        return "done"
+
+    server.answers += [speak(), refuse]
+    assert chain("Call record with {}", tools=[record]).text == "llama: record said done"
+    assert called == ["yes"]
+    assert len(server.requests) == 3
+    assert server.requests[1].body == server.requests[2].body
+    assert len(sleeps) == 1
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [("<tool_",), (NOW_TAG[:30],), (NOW_TAG,), (NOW_TAG, "\n<tool_call>{"), ('{"name": "now"',), (NOW_TAG, "\nSo ")],
+    ids=["tag", "call", "behind a call", "second call", "bare", "text behind a call"],
+)
+def test_connection_lost_in_a_call(
+    pieces: tuple[str, ...], chain: Chain, server: Loopback, sleeps: list[float]
+) -> None:
+    """Where nothing has gone out, the prompt is tried again as it was, and a call of the lost reply is not made."""
+    server.answers += [cut(*pieces)]
+    chained = chain("Hello", tools=[now])
+    assert chained.text == "llama heard: Hello"
+    assert chained.calls == [[]]
+    assert server.requests[0].body == server.requests[1].body
+    assert len(sleeps) == 1
+
+
+def test_connection_lost_in_a_call_behind_text(chain: Chain, server: Loopback, sleeps: list[float]) -> None:
+    """Text that was seen cannot be taken back: the answer is incomplete, and no tool is called."""
+    server.answers += [cut("Let me see. ", NOW_TAG[:30])]
+    chained = chain("Hello", tools=[now])
+    assert chained.chunks == ["Let me see. "]
+    assert "the answer is incomplete: the connection was lost" in str(chained.error)
+    assert len(server.requests) == 1
+    assert sleeps == []
+
+
+def test_made_up_result_is_neither_shown_nor_kept(chain: Chain, server: Loopback) -> None:
+    """The reply ends with its calls: the model is given the real result."""
+    made_up = '\n<tool_response>\n{"name": "now", "content": "midnight"}\n</tool_response>\nIt is midnight.'
+    server.answers += [texts("Wait. ", *NOW_TAG, *made_up)]
+    chained = chain(tools=[now])
+    assert chained.text == "Wait. llama: now said noon"
+    assert chained.calls == [[("now", {})], []]
+    assert "midnight" not in json.dumps(server.last.messages)
+    assert "midnight" not in repr(chained.messages)
+
+
+@pytest.mark.parametrize("call", [NOW_TAG, '{"name": "now", "parameters": {}}'], ids=["tag", "bare"])
+def test_made_up_result_without_an_end_is_not_waited_for(
+    call: str, chain: Chain, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that writes on for ever behind a made-up result does not keep the prompt."""
+    monkeypatch.setattr(llm_autonomous, "DRAIN_TIMEOUT", 0.05)
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        await connection.send(event(delta(call)) + event(delta("\n<tool_resp")) + event(delta("onse>\n{")))
+        while True:
+            await connection.send(event(delta("and so on ")))
+            await asyncio.sleep(0.01)
+
+    server.answers += [answer]
+    assert chain(tools=[now]).text == "llama: now said noon"
+    assert until(lambda: not server.open - {2})
+
+
+# Broken calls
+
+
+@pytest.mark.parametrize("pieces", [(BROKEN_TAG,), ("Wait. ", *BROKEN_TAG), (BROKEN_TAG, " So.")])
+def test_broken_call_that_is_then_right(
+    pieces: tuple[str, ...], chain: Chain, server: Loopback, sleeps: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model is shown what it wrote, told in one sentence what is wrong with it, and answers again at once."""
+    server.answers += [texts(*pieces), texts(NOW_TAG)]
+    with caplog.at_level(logging.INFO, "llm_autonomous"):
+        chained = chain("Hello", tools=[now])
+    assert chained.text.replace("\n", "") == ("Wait. " if "Wait. " in pieces else "") + "llama: now said noon"
+    assert chained.calls == [[("now", {})], []]
+    first, second, third = (request.messages for request in server.requests)
+    assert second[: len(first)] == first
+    written, told = second[len(first) :]
+    assert written == {"role": "assistant", "content": "".join(pieces)}
+    assert told["role"] == "user"
+    assert told["content"].startswith("Your tool call could not be read: it is no valid JSON")
+    assert "<tool_call>" in told["content"]
+    assert "could not be read" not in json.dumps(third), "what is kept is the good answer"
+    assert sleeps == []
+    [record] = [record for record in caplog.records if record.name == "llm_autonomous"]
+    assert "the model is told" in record.getMessage()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_call_that_stays_broken(stream: bool, chain: Chain, server: Loopback, sleeps: list[float]) -> None:
+    """After the second failure the user gets one line that begins with what the model wrote, and no tool is called."""
+    server.answer = texts(BROKEN_TAG)
+    chained = chain("Hello", tools=[now], stream=stream)
+    assert chained.error
+    line = str(chained.error)
+    assert line.startswith(f"127.0.0.1:{server.port}: the model's tool call cannot be read, it is no valid JSON")
+    assert 'it begins: {"name": "now", "arguments":' in line
+    assert line.endswith("(2 attempts)")
+    assert line.isprintable()
+    assert chained.chunks == []
+    assert len(server.requests) == 2
+    assert sleeps == []
+
+
+def test_broken_call_counts_as_an_attempt(chain: Chain, server: Loopback, sleeps: list[float]) -> None:
+    """Behind a 503 there is one more, behind two there is none."""
+    server.answers += [refuse, texts(BROKEN_TAG), texts("Noon.")]
+    assert chain(tools=[now]).text == "Noon."
+    assert len(server.requests) == 3
+    assert len(sleeps) == 1
+    server.answers += [refuse, refuse, texts(BROKEN_TAG)]
+    chained = chain(tools=[now])
+    assert "tool call cannot be read" in str(chained.error)
+    assert str(chained.error).endswith("(3 attempts)")
+    assert len(server.requests) == 6
+
+
+def test_503_behind_a_broken_call(chain: Chain, server: Loopback, sleeps: list[float]) -> None:
+    """The correction is what is sent again."""
+    server.answers += [texts(BROKEN_TAG), refuse, texts("Noon.")]
+    assert chain(tools=[now]).text == "Noon."
+    assert server.requests[1].body == server.requests[2].body != server.requests[0].body
+    assert len(sleeps) == 1
+
+
+def test_broken_call_behind_a_good_one(chain: Chain, server: Loopback) -> None:
+    """The second answer replaces both: no call is made twice."""
+    called: list[str] = []
+
+    def record(what: str) -> str:
+        called.append(what)
+        return "done"
+
+    tags = [f'<tool_call>{{"name": "record", "arguments": {{"what": "{what}"}}}}</tool_call>' for what in ("a", "b")]
+    server.answers += [texts(tags[0], tags[1].replace("}", "")), texts(*tags)]
+    chained = chain(tools=[record])
+    assert chained.text == "llama: record said done, record said done"
+    assert chained.calls[0] == [("record", {"what": "a"}), ("record", {"what": "b"})]
+    assert called == ["a", "b"]
+    assert server.requests[2].messages[2]["content"].count("<tool_call>") == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "total"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": 5}, {"prompt_tokens": 20, "completion_tokens": 7}, (30, 12)),
+        ({"prompt_tokens": 10, "completion_tokens": 5}, None, (10, 5)),
+        (None, {"prompt_tokens": 20}, (20, None)),
+    ],
+)
+def test_usage_is_that_of_both_answers(
+    first: dict[str, int] | None, second: dict[str, int] | None, total: tuple[int, int], ask: Ask, server: Loopback
+) -> None:
+    """The tokens of an answer that was no good were used as well."""
+    server.answers += [texts(BROKEN_TAG, usage=first), texts("Noon.", usage=second)]
+    answer = ask(tools=[llm.Tool.function(now)])
+    assert answer.text == "Noon."
+    assert (answer.response.input_tokens, answer.response.output_tokens) == total
+
+
+# The command line
+
+NOW_FUNCTION = ["--functions", "def now():\n    'The time'\n    return 'noon'\n"]
+CALL_NOW = ["-m", "autonomous-llama", "Call now with {}"]
+
+
+def run(*arguments: str, typed: str | None = None) -> str:
+    """What `llm` says where nothing is wrong."""
+    stdout, stderr, code = invoke(*arguments, typed=typed)
+    assert (stderr, code) == ("", 0)
+    return stdout
+
+
+@pytest.mark.parametrize("settings", [[], ["--no-stream"], ["--async"]], ids=["streamed", "whole", "async"])
+def test_functions_on_the_command_line(settings: list[str], server: Loopback) -> None:
+    """The answer behind the call is what is printed, and the log has both rounds with call and result."""
+    assert run(*CALL_NOW, *NOW_FUNCTION, *settings).strip() == "llama: now said noon"
+    first, second = json.loads(run("logs", "--json", "-n", "2"))
+    [call] = first["tool_calls"]
+    assert (call["name"], call["arguments"]) == ("now", {})
+    assert first["response"] == ""
+    assert second["response"] == "llama: now said noon"
+    [result] = second["tool_results"]
+    assert (result["name"], result["output"], result["tool_call_id"]) == ("now", "noon", call["tool_call_id"])
+    assert [tool["name"] for tool in first["tools"]] == ["now"]
+
+
+def test_tool_of_a_plugin(server: Loopback) -> None:
+    """`-T` takes a tool by its name, and `--td` shows its call."""
+    stdout, stderr, code = invoke("-m", "autonomous-hermes", "Call llm_version with {}", "-T", "llm_version", "--td")
+    assert stdout.strip().startswith("hermes: llm_version said 0.")
+    assert "Tool call: llm_version({})" in stderr
+    assert code == 0
+
+
+def test_chain_limit(server: Loopback) -> None:
+    """`--cl` ends a model that does nothing but call."""
+    server.answer = texts(NOW_TAG)
+    stdout, stderr, code = invoke(*CALL_NOW, *NOW_FUNCTION, "--cl", "3")
+    assert "Chain limit of 3 exceeded" in stdout + stderr
+    assert code == 1
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(("typed", "said"), [("n", "Cancelled: User cancelled tool call"), ("y", "noon")])
+def test_chat_with_tools_and_approval(typed: str, said: str, server: Loopback) -> None:
+    """In `llm chat` a tool is called if the user says so, and the model is told if not."""
+    lines = f"Call now with {{}}\n{typed}\nThanks\nexit\n"
+    stdout, _, code = invoke("chat", "-m", "autonomous-llama", *NOW_FUNCTION, "--ta", typed=lines)
+    assert code == 0
+    [result] = results_in(server.requests[1].messages[-1])
+    assert result["content"] == said
+    assert "llama heard: Thanks" in stdout
+    roles = [message["role"] for message in server.last.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
+
+
+def test_continue_with_and_without_tools(server: Loopback) -> None:
+    """Behind a call, `-c` writes it in tags where there are tools, and in brackets where there are none."""
+    run(*CALL_NOW, *NOW_FUNCTION)
+    run("-c", "And?", *NOW_FUNCTION)
+    first, *_ = messages = server.last.messages
+    assert first["role"] == "system"
+    assert messages[2]["content"] == NOW_TAG
+    assert results_in(messages[3]) == [{"name": "now", "content": "noon"}]
+    run("-c", "And then?")
+    assert server.last.messages[:3] == [
+        {"role": "user", "content": "Call now with {}"},
+        {"role": "assistant", "content": "[called the tool now with {}]"},
+        {"role": "user", "content": "[the tool now returned: noon]"},
+    ]
+    assert "<tool" not in json.dumps(server.last.messages)
+
+
+def test_words_and_calls_in_the_log(server: Loopback) -> None:
+    """What the model says beside its calls is printed and logged, its tags are not."""
+    server.answers += [texts("Let me see.\n", NOW_TAG)]
+    assert run(*CALL_NOW, *NOW_FUNCTION).split("\n", 1) == ["Let me see.", "llama: now said noon\n"]
+    logged = run("logs", "-n", "2")
+    assert "Let me see." in logged
+    assert "<tool_call>" not in logged
+
+
+def test_broken_call_on_the_command_line(server: Loopback) -> None:
+    """One line on standard error, exit code 1, and nothing in the log that was not answered."""
+    server.answer = texts(BROKEN_TAG)
+    stdout, stderr, code = invoke(*CALL_NOW, *NOW_FUNCTION)
+    assert (stdout.strip(), code) == ("", 1)
+    [line] = stderr.splitlines()
+    assert line.startswith(f"Error: 127.0.0.1:{server.port}: the model's tool call cannot be read")
+    assert json.loads(run("logs", "--json")) == []
+
+
+def test_models_list_tools_and_schemas(server: Loopback) -> None:
+    """`llm models` finds the five by either feature, and names both."""
+    for feature in ("--tools", "--schemas"):
+        listed = run("models", feature, "-q", "autonomous").splitlines()
+        assert len(listed) == len(ENDPOINTS)
+    described = run("models", "--options", "-q", "autonomous-")
+    assert described.count("- tools") == described.count("- schemas") == len(ENDPOINTS)
+
+
+@pytest.mark.parametrize("kind", [[], ["--async"]], ids=["sync", "async"])
+def test_interrupt_while_a_call_is_held(kind: list[str], server: Loopback, start: Start) -> None:
+    """Ctrl-C ends the command at once, with the text so far, no call, no traceback, and a closed connection."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        await connection.send(event(delta("Let me see. ")) + event(delta(NOW_TAG[:30])))
+        await connection.stall()
+
+    server.answer = answer
+    process = start("llm", *CALL_NOW, *NOW_FUNCTION, *kind, url=server.url)
+    assert output_until(process, "see. ") == "Let me see. "
+    os.kill(process.pid, signal.SIGINT)
+    stdout, stderr, code = finish(process)
+    assert "noon" not in stdout
+    assert (stderr.strip(), code) == ("Aborted!", 1)
+    assert until(lambda: not server.open)
+    assert len(server.requests) == 1
