@@ -11,6 +11,8 @@ import os
 import select
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ import llm
 import pytest
 from click.testing import CliRunner
 from llm.cli import cli
+from llm.parts import Message, TextPart
 from loopback import Loopback, environment
 
 import llm_autonomous
@@ -94,6 +97,67 @@ def ask(request: pytest.FixtureRequest) -> Ask:
     return lambda *args, **kwargs: asyncio.run(ask_async(*args, **kwargs))
 
 
+@dataclass
+class Chained:
+    """What came of a chain: the pieces of text, the responses with their messages, and the error that ended it."""
+
+    chunks: list[str] = field(default_factory=list)
+    responses: list[Any] = field(default_factory=list)
+    messages: list[list[Message]] = field(default_factory=list)  # of each response
+    error: AutonomousError | None = None
+
+    @property
+    def text(self) -> str:
+        if self.error:
+            raise self.error
+        return "".join(self.chunks)
+
+    @property
+    def calls(self) -> list[list[tuple[str, dict[str, Any]]]]:
+        """The calls that each response made."""
+        return [[(call.name, call.arguments) for call in r.tool_calls_or_raise()] for r in self.responses]
+
+    def parts(self, number: int) -> list[Any]:
+        """The texts and the calls of one response, in order."""
+        [message] = self.messages[number]
+        return [p.text if isinstance(p, TextPart) else (p.name, p.arguments) for p in message.parts]
+
+
+Chain = Callable[..., Chained]
+
+
+def chain_sync(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Chained:
+    chained, conversation = Chained(), get_model(model).conversation()
+    chained.responses = conversation.responses
+    try:
+        for chunk in conversation.chain(prompt, **kwargs):
+            chained.chunks.append(chunk)
+        chained.messages = [response.messages() for response in conversation.responses]
+    except AutonomousError as error:
+        chained.error = error
+    return chained
+
+
+async def chain_async(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Chained:
+    chained, conversation = Chained(), get_async_model(model).conversation()
+    chained.responses = conversation.responses
+    try:
+        async for chunk in conversation.chain(prompt, **kwargs):
+            chained.chunks.append(chunk)
+        chained.messages = [await response.messages() for response in conversation.responses]
+    except AutonomousError as error:
+        chained.error = error
+    return chained
+
+
+@pytest.fixture(params=["sync", "async"])
+def chain(request: pytest.FixtureRequest) -> Chain:
+    """``chain(prompt, model=..., tools=..., **kwargs)`` prompts, calls the tools and gives a `Chained`."""
+    if request.param == "sync":
+        return chain_sync
+    return lambda *args, **kwargs: asyncio.run(chain_async(*args, **kwargs))
+
+
 numbers = itertools.count()
 
 
@@ -115,6 +179,23 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other at once."""
     monkeypatch.setattr(llm_autonomous, "BACKOFF", (0.0, 0.0))
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits that a prompt asked for, in seconds, none of which is waited."""
+    waits: list[float] = []
+    asleep, prompting = asyncio.sleep, threading.get_ident()
+
+    async def sleep(seconds: float) -> None:
+        if threading.get_ident() == prompting:
+            waits.append(seconds)
+        else:  # the server's
+            await asleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
 
 
 @pytest.fixture

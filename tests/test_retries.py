@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import email.utils
 import logging
@@ -62,23 +61,6 @@ def silent(*pieces: bytes, head: bool = True) -> Answer:
 async def other_protocol(request: Request, connection: Connection) -> None:
     await connection.raw(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
     await connection.drop()
-
-
-@pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits that a prompt asked for, in seconds, none of which is waited."""
-    waits: list[float] = []
-    asleep, prompting = asyncio.sleep, threading.get_ident()
-
-    async def sleep(seconds: float) -> None:
-        if threading.get_ident() == prompting:
-            waits.append(seconds)
-        else:  # the server's
-            await asleep(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(time, "sleep", waits.append)
-    return waits
 
 
 # Which failures are tried again

@@ -9,20 +9,16 @@ import logging
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import llm
 import pytest
-from conftest import PNG, Ask, Start, finish, get_async_model, get_model, invoke, output_until
+from conftest import PNG, Ask, Chain, Start, finish, invoke, output_until
 from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant, system, user
 from loopback import DONE, ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import until
 
 import llm_autonomous
-from llm_autonomous import AutonomousError
 
 STOP = event(delta(finish_reason="stop")) + DONE
 ADD_TAG = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -63,84 +59,6 @@ def cut(*pieces: str) -> Answer:
 
 async def refuse(request: Request, connection: Connection) -> None:
     await connection.whole(b"overloaded", "503 Service Unavailable")
-
-
-@dataclass
-class Chained:
-    """What came of a chain: the pieces of text, the responses with their messages, and the error that ended it."""
-
-    chunks: list[str] = field(default_factory=list)
-    responses: list[Any] = field(default_factory=list)
-    messages: list[list[Message]] = field(default_factory=list)  # of each response
-    error: AutonomousError | None = None
-
-    @property
-    def text(self) -> str:
-        if self.error:
-            raise self.error
-        return "".join(self.chunks)
-
-    @property
-    def calls(self) -> list[list[tuple[str, dict[str, Any]]]]:
-        """The calls that each response made."""
-        return [[(call.name, call.arguments) for call in r.tool_calls_or_raise()] for r in self.responses]
-
-    def parts(self, number: int) -> list[Any]:
-        """The texts and the calls of one response, in order."""
-        [message] = self.messages[number]
-        return [p.text if isinstance(p, TextPart) else (p.name, p.arguments) for p in message.parts]
-
-
-Chain = Callable[..., Chained]
-
-
-def chain_sync(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Chained:
-    chained, conversation = Chained(), get_model(model).conversation()
-    chained.responses = conversation.responses
-    try:
-        for chunk in conversation.chain(prompt, **kwargs):
-            chained.chunks.append(chunk)
-        chained.messages = [response.messages() for response in conversation.responses]
-    except AutonomousError as error:
-        chained.error = error
-    return chained
-
-
-async def chain_async(prompt: str | None = "hi", model: str = "autonomous-llama", **kwargs: Any) -> Chained:
-    chained, conversation = Chained(), get_async_model(model).conversation()
-    chained.responses = conversation.responses
-    try:
-        async for chunk in conversation.chain(prompt, **kwargs):
-            chained.chunks.append(chunk)
-        chained.messages = [await response.messages() for response in conversation.responses]
-    except AutonomousError as error:
-        chained.error = error
-    return chained
-
-
-@pytest.fixture(params=["sync", "async"])
-def chain(request: pytest.FixtureRequest) -> Chain:
-    """``chain(prompt, model=..., tools=..., **kwargs)`` prompts, calls the tools and gives a `Chained`."""
-    if request.param == "sync":
-        return chain_sync
-    return lambda *args, **kwargs: asyncio.run(chain_async(*args, **kwargs))
-
-
-@pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits that a prompt asked for, in seconds, none of which is waited."""
-    waits: list[float] = []
-    asleep, prompting = asyncio.sleep, threading.get_ident()
-
-    async def sleep(seconds: float) -> None:
-        if threading.get_ident() == prompting:
-            waits.append(seconds)
-        else:  # the server's
-            await asleep(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(time, "sleep", waits.append)
-    return waits
 
 
 def tools_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
