@@ -1,0 +1,385 @@
+"""Schemas, end to end against the loopback server: the JSON asked for goes out alone, or one line says why not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, Literal
+
+import pytest
+from conftest import Ask, Chain, Start, finish, get_model, invoke
+from loopback import ENDPOINTS, Loopback, speak
+from pydantic import BaseModel
+from test_tools import NOW_TAG, cut, now, refuse, texts
+
+DOG = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+CLEO = '{"name": "Cleo", "age": 4}'
+TREE = {
+    "$ref": "#/$defs/Node",
+    "$defs": {
+        "Node": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "nodes": {"type": "array", "items": {"$ref": "#/$defs/Node"}}},
+            "required": ["name", "nodes"],
+        }
+    },
+}
+LEAF = {"name": "leaf", "nodes": []}
+
+
+def strict(text: str) -> Any:
+    """The JSON value that a text is, by the specification alone."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse_constant)
+
+
+# What is sent
+
+
+@pytest.mark.parametrize("settings", [{}, {"system": "Be brief"}], ids=["alone", "system prompt"])
+def test_schema_stands_behind_the_system_prompt(settings: dict[str, str], ask: Ask, server: Loopback) -> None:
+    """One system message: the user's words, and then the schema as JSON."""
+    assert strict(ask("Cleo is 4", schema=DOG, **settings).text) == {"name": "Cleo is 4", "age": 4}
+    first, second = server.last.messages
+    assert (first["role"], second) == ("system", {"role": "user", "content": "Cleo is 4"})
+    assert first["content"].startswith("Be brief\n\n") == bool(settings)
+    assert json.loads(first["content"].splitlines()[-1]) == DOG
+    assert "<tool" not in first["content"]
+
+
+def test_schema_is_for_its_prompt_alone(server: Loopback) -> None:
+    """The next prompt of the conversation is not asked for JSON."""
+    conversation = get_model("autonomous-llama").conversation()
+    conversation.prompt("Cleo is 4", schema=DOG).text()
+    assert conversation.prompt("And?").text().startswith("llama heard: And?")
+    assert [message["role"] for message in server.last.messages] == ["user", "assistant", "user"]
+
+
+# What comes back
+
+ACCEPTED = {
+    "bare": (DOG, CLEO, strict(CLEO)),
+    "white space": (DOG, f"\n\n  {CLEO} \n", strict(CLEO)),
+    "indented": (DOG, json.dumps(strict(CLEO), indent=2), strict(CLEO)),
+    "a fence": (DOG, f"```json\n{CLEO}\n```", strict(CLEO)),
+    "a fence without a language": (DOG, f"```\n{CLEO}\n```\n", strict(CLEO)),
+    "a fence of another language": (DOG, f"```javascript\n{CLEO}\n```", strict(CLEO)),
+    "a fence that does not end": (DOG, f"```json\n{CLEO}", strict(CLEO)),
+    "a fence among words": (DOG, f"Here it is:\n\n```json\n{CLEO}\n```\n\nAnything else?", strict(CLEO)),
+    "words before": (DOG, f"Here it is: {CLEO}", strict(CLEO)),
+    "words behind": (DOG, f"{CLEO}\n\nAnything else?", strict(CLEO)),
+    "braces in the words": (DOG, f"The {{name}} and [age] of {{ }} are: {CLEO} (see {{4}} or [x]).", strict(CLEO)),
+    "other JSON in the words": (DOG, f'For {{"breed": "any"}} it is {CLEO}, and not [1, 2].', strict(CLEO)),
+    "a match behind a wrong one": (
+        DOG,
+        f'Not {{"name": "Cleo", "age": "not known to anybody"}} but {CLEO}',
+        strict(CLEO),
+    ),
+    "raw line breaks": (DOG, '{"name": "Cleo\n\tthe dog", "age": 4}', {"name": "Cleo\n\tthe dog", "age": 4}),
+    "braces in a string": (DOG, 'So: {"name": "}{ \\" [", "age": 4}.', {"name": '}{ " [', "age": 4}),
+    "no ASCII": (DOG, '{"name": "Клео 𝄞\u2028", "age": 4}', {"name": "Клео 𝄞\u2028", "age": 4}),
+    "more than was asked for": (DOG, '{"name": "Cleo", "age": 4, "x": [{}]}', {"name": "Cleo", "age": 4, "x": [{}]}),
+    "nested": (TREE, json.dumps({"name": "root", "nodes": [LEAF]}), {"name": "root", "nodes": [LEAF]}),
+    "list": ({"type": "array", "items": DOG}, f"[{CLEO}, {CLEO}]", [strict(CLEO)] * 2),
+    "list in a fence": ({"type": "array"}, "```json\n[1,\n2]\n```", [1, 2]),
+    "list among words": ({"type": "array"}, "These: [1, [2]] are they.", [1, [2]]),
+    "empty list": ({"type": "array"}, "[]", []),
+    "integer": ({"type": "integer"}, "42", 42),
+    "integer in a fence": ({"type": "integer"}, "```json\n42\n```\n", 42),
+    "number": ({"type": "number"}, "-1.5e3", -1500.0),
+    "string": ({"type": "string"}, '"forty-two {"', "forty-two {"),
+    "boolean": ({"type": "boolean"}, " true\n", True),
+    "null": ({"type": "null"}, "null", None),
+    "enum": ({"enum": ["red", "green"]}, '"green"', "green"),
+    "call's keys": ({"type": "object"}, '{"name": "now", "arguments": {}}', {"name": "now", "arguments": {}}),
+}
+
+
+@pytest.mark.parametrize(("schema", "text", "value"), ACCEPTED.values(), ids=ACCEPTED)
+def test_json_goes_out_alone(schema: dict[str, Any], text: str, value: Any, ask: Ask, server: Loopback) -> None:
+    """The value that matches, and nothing else of the answer, once it is whole."""
+    server.answers += [texts(*text)]
+    answer = ask(schema=schema)
+    assert strict(answer.text) == value
+    assert len(answer.chunks) == 1
+    assert answer.text == answer.text.strip()
+    assert len(server.requests) == 1
+
+
+REJECTED = {
+    "missing key": (DOG, '{"name": "Cleo"}', "'age' is a required property"),
+    "wrong type": (DOG, '{"name": "Cleo", "age": "four"}', "$.age: 'four' is not of type 'integer'"),
+    "wrong type in a list": (
+        {"type": "array", "items": DOG},
+        f'[{CLEO}, {{"name": "X", "age": null}}]',
+        "$[1].age: None",
+    ),
+    "null": (DOG, "null", "None is not of type 'object'"),
+    "a list of it": (DOG, '[{"name": 1}]', "is not of type 'object'"),
+    "words": (DOG, "I do not know.", "no JSON"),
+    "words with braces": (DOG, "I do not know {name} and [age].", "no JSON"),
+    "cut off": (DOG, CLEO[:-1], ""),
+    "cut off in a fence": (DOG, f"```json\n{CLEO[:-1]}\n", ""),
+    "cut off behind words": (DOG, f"Here it is: {CLEO[:-1]}", ""),
+    "cut off behind what would match": (TREE, f'{{"name": "root", "nodes": [{json.dumps(LEAF)}, {{"name": "l', ""),
+    "broken around what would match": (TREE, f'{{"name": root, "nodes": [{json.dumps(LEAF)}]}}', ""),
+    "single quotes": (DOG, "{'name': 'Cleo', 'age': 4}", ""),
+    "not in the enum": ({"enum": ["red"]}, '"blue"', "'blue' is not one of ['red']"),
+    "words for a string": ({"type": "string"}, "forty-two", "no JSON"),
+    "NaN": ({"properties": {"a": {"type": "number"}}}, '{"a": NaN}', ""),
+    "infinity": ({"properties": {"a": {"type": "number"}}}, '{"a": -Infinity}', ""),
+    "nested too deep": ({"type": "array"}, "[" * 100_000, ""),
+    "nested too deep and closed": ({"type": "array"}, "[" * 100_000 + "]" * 100_000, ""),
+}
+
+
+@pytest.mark.parametrize(("schema", "text", "problem"), REJECTED.values(), ids=REJECTED)
+def test_model_is_told_once_what_does_not_match(
+    schema: dict[str, Any], text: str, problem: str, ask: Ask, server: Loopback, sleeps: list[float]
+) -> None:
+    """It is shown its answer and the validator's sentence, and answers again; after that it is one line to the user."""
+    good = {json.dumps(DOG): CLEO, json.dumps(TREE): json.dumps(LEAF)}.get(json.dumps(schema))
+    server.answers += [texts(text), texts(good or text)]
+    answer = ask(schema=schema)
+    first, second = (request.messages for request in server.requests)
+    assert second[: len(first)] == first
+    written, told = second[len(first) :]
+    assert written == {"role": "assistant", "content": text}
+    assert told["role"] == "user"
+    assert problem in told["content"]
+    assert "schema" in told["content"]
+    if good:
+        assert answer.chunks == [good]
+
+    server.answers += [texts(text), texts(text)]
+    failed = ask(schema=schema)
+    assert failed.chunks == []
+    assert problem in failed.line
+    begins = " ".join(text.split())[:100]
+    assert f"it begins: {begins}" in failed.line
+    assert failed.line.startswith(f"127.0.0.1:{server.port}: the answer does not match the schema")
+    assert failed.line.endswith("(2 attempts)")
+    assert len(server.requests) == 4
+    assert sleeps == []
+
+
+def test_second_answer_is_what_is_kept(ask: Ask, server: Loopback) -> None:
+    """The response is the JSON, its tokens are those of both answers."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 5}
+    server.answers += [texts("I do not know.", usage=usage), texts(f"Well: {CLEO}", usage=usage)]
+    answer = ask(schema=DOG)
+    assert answer.text == CLEO
+    assert (answer.response.input_tokens, answer.response.output_tokens) == (20, 10)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"properties": 3},
+        {"type": "object", "required": "name"},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "minimum": "1"},
+    ],
+)
+def test_schema_that_is_wrong_is_an_error_before_anything_is_sent(
+    schema: dict[str, Any], ask: Ask, server: Loopback
+) -> None:
+    """The line says what is wrong with it."""
+    assert ask(schema=schema).line.startswith("the schema is no JSON schema: ")
+    assert server.requests == []
+
+
+def test_reference_to_another_host_is_not_followed(ask: Ask, server: Loopback) -> None:
+    """Nothing is fetched for a schema, and the line says what cannot be resolved."""
+    with Loopback() as elsewhere:
+        url = f"{elsewhere.url}/dog.json"
+        server.answer = texts(CLEO)
+        assert url in ask(schema={"properties": {"name": {"$ref": url}}}).line
+        assert ask(schema={**DOG, "$schema": url}).text == CLEO
+        assert elsewhere.connections == 0
+
+
+def test_reference_to_nowhere_is_an_error(ask: Ask, server: Loopback) -> None:
+    """A schema that cannot be applied is not the model's fault: it is told nothing."""
+    server.answer = texts(CLEO)
+    assert "/$defs/Dog" in ask(schema={"$ref": "#/$defs/Dog"}).line
+    assert len(server.requests) <= 1
+
+
+# What goes wrong on the way
+
+
+@pytest.mark.parametrize(
+    "failure", [refuse, cut(), cut(CLEO[:9]), cut("Here it is: ", CLEO)], ids=["503", "none", "half", "all"]
+)
+def test_failed_reply_is_tried_again(failure: Any, ask: Ask, server: Loopback, sleeps: list[float]) -> None:
+    """Of an answer to a schema nothing goes out before its end, so a connection may be lost anywhere in it."""
+    server.answers += [failure, texts(CLEO)]
+    assert ask(schema=DOG).chunks == [CLEO]
+    assert server.requests[0].body == server.requests[1].body
+    assert len(sleeps) == 1
+
+
+def test_answer_larger_than_the_bound(ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held is bounded, and the model is not asked again for as much."""
+    monkeypatch.setattr("llm_autonomous.MAX_EVENT_BYTES", 2048)
+    server.answer = texts(*["x" * 1000] * 9)
+    assert "larger than" in ask(schema=DOG).line
+    assert len(server.requests) == 1
+
+
+# Tools and a schema
+
+
+def test_schema_holds_for_the_answer_behind_the_calls(chain: Chain, server: Loopback) -> None:
+    """Both stand in the system message of each round; what goes out is the JSON of the last, alone."""
+    server.answers += [texts("Let me see.\n", NOW_TAG, "\nDone."), texts(f"So: {CLEO}")]
+    chained = chain("Cleo?", tools=[now], schema=DOG)
+    assert chained.chunks == [CLEO]
+    assert chained.calls == [[("now", {})], []]
+    assert chained.parts(0) == [("now", {})]
+    first, second = server.requests
+    assert first.messages[0] == second.messages[0]
+    assert "<tools>" in first.messages[0]["content"]
+    assert json.loads(first.messages[0]["content"].splitlines()[-1]) == DOG
+    assert "Let me see" not in json.dumps(second.messages)
+    assert [response.prompt.schema for response in chained.responses] == [DOG, DOG]
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_tools_and_schema_with_each_model(name: str, chain: Chain, server: Loopback) -> None:
+    """A model that does as it is told calls, and then fills the schema with the result."""
+    chained = chain("Call now with {}", f"autonomous-{name}", tools=[now], schema=DOG, stream=name != "summary")
+    assert strict(chained.text) == {"name": "now said noon", "age": 1}
+
+
+def test_wrong_json_behind_a_call_is_told(chain: Chain, server: Loopback) -> None:
+    """The schema is checked in the last round, and its correction follows the result."""
+    server.answers += [speak(), texts('{"name": "Cleo"}'), texts(CLEO)]
+    chained = chain("Call now with {}", tools=[now], schema=DOG)
+    assert chained.chunks == [CLEO]
+    assert "'age' is a required property" in server.last.messages[-1]["content"]
+    assert [message["role"] for message in server.last.messages] == ["system", *["user", "assistant"] * 2, "user"]
+
+
+# The command line, and Python's classes
+
+
+def run(*arguments: str) -> str:
+    stdout, stderr, code = invoke(*arguments)
+    assert (stderr, code) == ("", 0)
+    return stdout
+
+
+@pytest.mark.parametrize("settings", [[], ["--no-stream"], ["--async"]], ids=["streamed", "whole", "async"])
+def test_concise_schema(settings: list[str], server: Loopback) -> None:
+    """What `--schema` prints is JSON for a pipe, and the log gives it back by its schema."""
+    assert strict(run("-m", "autonomous-llama", "--schema", "name, age int", "Cleo is 4", *settings)) == {
+        "name": "Cleo is 4",
+        "age": 4,
+    }
+    assert strict(run("logs", "--schema", "name, age int", "--data")) == {"name": "Cleo is 4", "age": 4}
+
+
+def test_schema_of_many(server: Loopback) -> None:
+    """`--schema-multi` asks for a list of them, which `llm logs` takes apart."""
+    printed = run("-m", "autonomous-llama", "--schema-multi", "name, age int", "Cleo is 4")
+    assert strict(printed) == {"items": [{"name": "Cleo is 4", "age": 4}]}
+    logged = run("logs", "--schema-multi", "name, age int", "--data", "--data-key", "items")
+    assert strict(logged) == {"name": "Cleo is 4", "age": 4}
+
+
+def test_schema_of_a_template(server: Loopback) -> None:
+    """A template keeps its schema."""
+    run("-m", "autonomous-llama", "--schema", "name, age int", "--system", "Be brief", "--save", "dog")
+    assert strict(run("-t", "dog", "Cleo is 4")) == {"name": "Cleo is 4", "age": 4}
+    assert server.last.messages[0]["content"].startswith("Be brief\n\n")
+
+
+def test_schema_and_functions_on_the_command_line(server: Loopback) -> None:
+    """The chain ends in the JSON, and the log finds it."""
+    said = {"name": "now said noon", "nick": "now said noon"}
+    command = ["-m", "autonomous-llama", "--functions", "def now(): return 'noon'", "--schema", "name, nick"]
+    assert strict(run(*command, "Call now with {}")) == said
+    assert strict(run("logs", "--schema", "name, nick", "--data").splitlines()[-1]) == said
+
+
+def test_wrong_answer_on_the_command_line(server: Loopback) -> None:
+    """One line on standard error, and nothing for the pipe."""
+    server.answer = texts("I do not know.")
+    stdout, stderr, code = invoke("-m", "autonomous-llama", "--schema", "name, nick", "hi")
+    assert (stdout.strip(), code) == ("", 1)
+    assert stderr.startswith(f"Error: 127.0.0.1:{server.port}: the answer does not match the schema")
+    assert stderr.count("\n") == 1
+
+
+def test_wrong_schema_on_the_command_line(server: Loopback) -> None:
+    """One line that says what is wrong with it, and no request."""
+    stdout, stderr, code = invoke("-m", "autonomous-llama", "--schema", '{"type": "nonsense"}', "hi")
+    assert (stdout.strip(), code) == ("", 1)
+    assert stderr.startswith("Error: the schema is no JSON schema: 'nonsense'")
+    assert server.requests == []
+
+
+class Owner(BaseModel):
+    name: str
+
+
+class Dog(BaseModel):
+    name: str
+    owner: Owner
+    tricks: list[str]
+    nick: str | None = None
+    size: int | Literal["small"] = 3
+
+
+def test_class_of_pydantic(ask: Ask, server: Loopback) -> None:
+    """A class is a schema with definitions and alternatives, and the JSON makes an object of it."""
+    dog = Dog.model_validate_json(ask("Cleo", schema=Dog).text)
+    assert (dog.owner.name, dog.tricks) == ("Cleo", ["Cleo"])
+    sent = json.loads(server.last.messages[0]["content"].splitlines()[-1])
+    assert sent == Dog.model_json_schema()
+    assert "$defs" in sent
+    assert "anyOf" in sent["properties"]["nick"]
+
+    wrong = {"name": "Cleo", "owner": {"name": 1}, "tricks": [], "size": "large"}
+    server.answers += [texts(json.dumps(wrong)), texts(json.dumps({**wrong, "owner": {"name": "Al"}, "size": "small"}))]
+    assert Dog.model_validate_json(ask("Cleo", schema=Dog).text).size == "small"
+    assert "$." in server.last.messages[-1]["content"]
+
+
+# What it costs those who use none
+
+SCRIPT = """
+import contextlib, io, sys
+from llm.cli import cli
+
+def loaded(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        cli.main(arguments, standalone_mode=False)
+    assert printed.getvalue()
+    return "jsonschema" in sys.modules
+
+ask = ["-m", "autonomous-llama", "--no-log", "Call now with {}"]
+print(
+    loaded("--help"),
+    loaded("models"),
+    loaded(*ask),
+    loaded(*ask, "--functions", "def now(): return 'noon'"),
+    loaded(*ask, "--schema", "name, nick"),
+)
+"""
+
+
+def test_jsonschema_is_imported_for_a_schema_alone(server: Loopback, start: Start) -> None:
+    """Its import takes longer than all else of the plugin: only who uses it waits for it."""
+
+    stdout, stderr, code = finish(start(sys.executable, "-c", SCRIPT, url=server.url))
+    assert (stdout.split(), stderr, code) == (["False"] * 4 + ["True"], "", 0)
