@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import llm
@@ -196,6 +197,20 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(time, "sleep", waits.append)
     return waits
+
+
+@pytest.fixture
+def cpu_guard() -> Iterator[None]:
+    """What is not linear would take hours at the sizes of these tests: it fails after 5 s of CPU instead."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise AssertionError("5 s of CPU for what takes a fraction of one")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 5)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from typing import Any, Literal
 
 import pytest
-from conftest import Ask, Chain, Start, finish, get_model, invoke
+from conftest import Ask, Chain, Start, ask_sync, finish, get_model, invoke
 from loopback import ENDPOINTS, Loopback, speak
 from pydantic import BaseModel
 from test_tools import NOW_TAG, cut, now, refuse, texts
@@ -168,6 +168,20 @@ def test_model_is_told_once_what_does_not_match(
     assert failed.line.endswith("(2 attempts)")
     assert len(server.requests) == 4
     assert sleeps == []
+
+
+LARGE = ["[", '{"a": ', '"', "```json\n", " ", "\\"]  # 600 KB of it
+MANY = ["[1]", "{}", '{"a": 1} ']  # 100 KB, since each is a value to be checked
+
+
+@pytest.mark.parametrize(
+    ("again", "size"), [*((again, 600_000) for again in LARGE), *((again, 100_000) for again in MANY)]
+)
+def test_cost_is_linear(again: str, size: int, server: Loopback, cpu_guard: None) -> None:
+    """Much of what looks like JSON, or its beginning, does not take long to look through."""
+    server.answer = texts("Say: ", again * (size // len(again)))
+    answer = ask_sync(schema={"type": "string"})
+    assert "does not match the schema" in answer.line
 
 
 def test_second_answer_is_what_is_kept(ask: Ask, server: Loopback) -> None:

@@ -400,17 +400,20 @@ def test_made_up_result_without_an_end_is_not_waited_for(
 ) -> None:
     """A model that writes on for ever behind a made-up result does not keep the prompt."""
     monkeypatch.setattr(llm_autonomous, "DRAIN_TIMEOUT", 0.05)
+    waited_for = []
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
         await connection.send(event(delta(call)) + event(delta("\n<tool_resp")) + event(delta("onse>\n{")))
-        while True:
+        for _ in range(300):
             await connection.send(event(delta("and so on ")))
             await asyncio.sleep(0.01)
+        waited_for.append("the end")
 
     server.answers += [answer]
     assert chain(tools=[now]).text == "llama: now said noon"
     assert until(lambda: not server.open - {2})
+    assert waited_for == []
 
 
 # Broken calls
