@@ -76,6 +76,8 @@ ACCEPTED = {
     "words before": (DOG, f"Here it is: {CLEO}", strict(CLEO)),
     "words behind": (DOG, f"{CLEO}\n\nAnything else?", strict(CLEO)),
     "braces in the words": (DOG, f"The {{name}} and [age] of {{ }} are: {CLEO} (see {{4}} or [x]).", strict(CLEO)),
+    "a form in the words": (DOG, f'In the format {{"name": string, "age": number}}: {CLEO}', strict(CLEO)),
+    "braces and a quote in the words": (DOG, f'Use {{"name"}} so: {CLEO}', strict(CLEO)),
     "other JSON in the words": (DOG, f'For {{"breed": "any"}} it is {CLEO}, and not [1, 2].', strict(CLEO)),
     "a match behind a wrong one": (
         DOG,
@@ -130,6 +132,7 @@ REJECTED = {
     "cut off behind words": (DOG, f"Here it is: {CLEO[:-1]}", ""),
     "cut off behind what would match": (TREE, f'{{"name": "root", "nodes": [{json.dumps(LEAF)}, {{"name": "l', ""),
     "broken around what would match": (TREE, f'{{"name": root, "nodes": [{json.dumps(LEAF)}]}}', ""),
+    "cut off in its first string": ({"type": "array"}, '["see [1, 2] for', ""),
     "single quotes": (DOG, "{'name': 'Cleo', 'age': 4}", ""),
     "not in the enum": ({"enum": ["red"]}, '"blue"', "'blue' is not one of ['red']"),
     "words for a string": ({"type": "string"}, "forty-two", "no JSON"),
@@ -170,7 +173,23 @@ def test_model_is_told_once_what_does_not_match(
     assert sleeps == []
 
 
-LARGE = ["[", '{"a": ', '"', "```json\n", " ", "\\"]  # 600 KB of it
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (DOG, "is not of type 'object'"),
+        ({"type": "array", "minItems": 9}, "is too short"),
+        ({"const": 1}, "1 was expected"),
+    ],
+)
+def test_reason_is_told_of_a_long_answer(schema: dict[str, Any], reason: str, ask: Ask, server: Loopback) -> None:
+    """The validator repeats the whole value before it says what is wrong with it: that is not what is left out."""
+    server.answer = texts(json.dumps([{"name": "Cleo " * 50}] * 4))
+    assert reason in ask(schema=schema).line
+    assert reason in server.last.messages[-1]["content"]
+    assert len(server.last.messages[-1]["content"]) < 1000
+
+
+LARGE = ["[", '{"a": ', '"', "```json\n", " ", "\\", "{", "{x", "[x", "{ "]  # 600 KB of it
 MANY = ["[1]", "{}", '{"a": 1} ']  # 100 KB, since each is a value to be checked
 
 
@@ -281,6 +300,12 @@ def test_wrong_json_behind_a_call_is_told(chain: Chain, server: Loopback) -> Non
     assert chained.chunks == [CLEO]
     assert "'age' is a required property" in server.last.messages[-1]["content"]
     assert [message["role"] for message in server.last.messages] == ["system", *["user", "assistant"] * 2, "user"]
+
+
+def test_broken_call_beside_json_gives_one_value(chain: Chain, server: Loopback) -> None:
+    """JSON of an answer whose call is broken does not go out: the second answer is all."""
+    server.answers += [texts('{"name": "Rex", "age": 1}\n', '<tool_call>{"name": "now", "arg'), texts(CLEO)]
+    assert chain(tools=[now], schema=DOG).chunks == [CLEO]
 
 
 # The command line, and Python's classes

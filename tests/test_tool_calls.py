@@ -437,6 +437,9 @@ KNOWN = [
     "<|im",
     "``x",
     "Jason",
+    '{"id": 7} t',
+    f"{ADD_JSON} i",
+    f"{ADD_JSON}\n\nw",
 ]
 
 
