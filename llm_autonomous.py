@@ -83,7 +83,7 @@ NO_FINISH_REASON = re.compile("(null|none|undefined)?", re.IGNORECASE)
 CODINGS = re.compile(r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b", re.IGNORECASE)
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
-MAX_PAGE_BYTES = 64 * 1024  # of an error body or a web page
+MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page where its title is looked for
 MAX_HELD = 256  # characters of white space, or of JSON, until it is known whether a call begins
 MAX_FAILURES = 100  # brackets in an answer to a schema that begin no JSON
 MAX_LITERALS = 64 * 1024  # characters of a call that is written in Python's literals
@@ -576,7 +576,7 @@ class ToolCallParser:
         begin = 0 if self._held else self._find_call(text, end)
         out: list[Any] = [text[:begin]] if begin else []
         if text := text[begin + len(self._rest) :]:
-            self._hold(text)
+            out += self._hold(text)
         if end and self._held and not self.error:
             try:
                 out += read_answer("".join(self._held), self.names)[0]
@@ -603,17 +603,26 @@ class ToolCallParser:
             self._rest = cut[0]
         return len(text) - len(self._rest)
 
-    def _hold(self, text: str) -> None:
+    def _hold(self, text: str) -> list[str]:
+        """Hold what may be calls; return it where it turns out to be none."""
         self._held.append(text)
         self._size += len(text)
         if self._size > MAX_EVENT_BYTES:
             self.error = self.error or too_large("a tool call")
         last = self._last + text
         self._last = last[-len(RESULT_TAG) :]
-        if RESULT_TAG in last and self._size >= 2 * self._looked:
-            self._looked = self._size  # not at each: all that hangs on it is how long the reply is read
-            with contextlib.suppress(AutonomousError):
-                self.finished = read_answer("".join(self._held), self.names)[1]
+        # What would end the reply, or show that it is not all JSON, may still stand in a string. It is looked into only
+        # when there is twice as much as the last time, which keeps the cost linear.
+        if self._size < 2 * self._looked or self.error or not (RESULT_TAG in last or _text_behind_json(last)):
+            return []
+        self._looked, held = self._size, "".join(self._held)
+        calls, behind = read_bare_calls(held, self.names)
+        if behind and not calls:
+            self._held, self._size, self._looked, self._last = [], 0, 0, ""
+            return [held[:behind], *self.feed([held[behind:]])]
+        with contextlib.suppress(AutonomousError):
+            self.finished = read_answer(held, self.names)[1]
+        return []
 
 
 RESULT_TAG = "<tool_response>"
@@ -628,6 +637,7 @@ _marks = re.compile(r"""[{}\[\]]|"(\\.|[^"\\])*("|\Z)""", re.DOTALL).finditer
 _closing_tag = re.compile(r"[\s;,]*</(?:tool_call|tools)>").match
 _separator = cast(Callable[..., re.Match[str]], re.compile(r"[\s;,]*").match)
 _bare_opening = cast(Callable[..., re.Match[str]], re.compile(r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?").match)
+_text_behind_json = re.compile(r"[}\]]\s*[^\s}\],;{\[`<]").search
 _bare_end = re.compile(r"\s*(```\s*)?(<tool_response>.*)?", re.DOTALL).fullmatch
 _first_key = re.compile(r"[\[\s]*\{\s*([\"'])(\w+)\1\s*:\s*").match
 _before_first_key = re.compile(r"[\[\s]*(\{\s*(([\"'])\w*(\3\s*)?)?)?").fullmatch
@@ -1156,7 +1166,7 @@ def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | N
 
 
 class Exchange:
-    """One prompt: what is asked, made once, and what comes of its attempts. No I/O.
+    """One prompt: what is asked, made once, and what comes of its attempts. No network.
 
     The loops of `Autonomous` and `AsyncAutonomous` go through its attempts alike: `begin` makes the first, and `settle`
     says after each what is to follow.
@@ -1227,8 +1237,7 @@ class Exchange:
     def _report(self, attempt: Attempt) -> None:
         """Tell `llm` what came beside the text, and the user if the answer may be cut short."""
         reply, envelope = attempt.reply, attempt.reply.completion.envelope
-        keys = ("id", "model", "created", "finish_reason", "usage")
-        self.response.response_json = {key: envelope[key] for key in keys if key in envelope}
+        self.response.response_json = {**envelope}
         if isinstance(model := envelope.get("model"), str):
             self.response.set_resolved_model(quoted(model))
         answers = [attempt.corrected, attempt] if attempt.corrected else [attempt]
@@ -1367,7 +1376,7 @@ ClientKey = tuple[Any, ...]
 _locks: dict[int, threading.Lock] = {}  # by process: a lock that is held at a fork is never released in the child
 _ssl_contexts: dict[ClientKey, ssl.SSLContext] = {}
 _clients: dict[ClientKey, httpx.Client] = {}
-_pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPools] = weakref.WeakKeyDictionary()
+_pools: dict[asyncio.AbstractEventLoop, LoopPools] = {}
 
 
 def client_key(proxy: str | None) -> ClientKey:
@@ -1490,9 +1499,8 @@ async def async_pool(proxy: str | None) -> Pool:
     """A pool of the running event loop for ``proxy``, for one prompt."""
     import asyncio
 
-    for known in _pools.keyrefs():
-        if (loop := known()) and loop.is_closed():
-            _pools.pop(loop, None)  # it ended without shutdown_asyncgens
+    for ended in [loop for loop in [*_pools] if loop.is_closed()]:
+        _pools.pop(ended, None)  # without shutdown_asyncgens
     loop = asyncio.get_running_loop()
     if loop not in _pools:
         _pools[loop] = LoopPools()
@@ -1692,12 +1700,12 @@ class ShownAttempt(Attempt):
     def __init__(self, exchange: Exchange, *made_by: Any) -> None:
         super().__init__(exchange, *made_by)
         self.start = time.perf_counter()
-        request, messages = self.request, json.loads(base64.b64decode(json.loads(exchange.body)["messages"]))
+        request, messages = self.request, json.loads(base64.b64decode(json.loads(self.request.content)["messages"]))
         self.show(">", f"{request.method} {request.url.raw_path.decode()} HTTP/1.1".encode())
         self.show_headers(">", request.headers)
         if exchange.auth:
             self.show(">", b"Authorization: (the user name and password of the URL)")
-        self.show(">", exchange.body)
+        self.show(">", request.content)
         self.show(">", b"the messages in it: " + json.dumps(messages).encode())
 
     def show(self, sign: str, data: bytes) -> None:
