@@ -32,12 +32,12 @@ def short(monkeypatch: pytest.MonkeyPatch, no_backoff: None) -> None:
 
 
 def slow(*pauses_before: str) -> Answer:
-    """The usual answer, with 0.4 s of silence before its ``head``, its ``text`` or within it (``rest``)."""
+    """The usual answer, with 0.25 s of silence before its ``head``, its ``text`` or within it (``rest``)."""
 
     async def answer(request: Request, connection: Connection) -> None:
         for step in ("head", "text", "rest"):
             if step in pauses_before:
-                await asyncio.sleep(0.4)
+                await asyncio.sleep(0.25)
             if step == "head":
                 await connection.head()
             else:
@@ -100,7 +100,7 @@ def test_text_behind_a_finish_reason_has_its_own_time(ask: Ask, server: Loopback
         await connection.head()
         await connection.send(event(delta("a", finish_reason="stop")))
         await connection.send(event(delta("b")))
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.25)
         await connection.send(event(delta("c", finish_reason="stop")) + DONE)
         await connection.end()
 
@@ -379,7 +379,7 @@ def test_other_choice_does_not_end_the_answer(ask: Ask, server: Loopback, short:
         await connection.head()
         await connection.send(event({"choices": [choice(0, "a")]}))
         await connection.send(event({"choices": [choice(1, "x", finish_reason="stop")]}))
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.25)
         await connection.send(event({"choices": [choice(0, "b", finish_reason="stop")]}) + DONE)
         await connection.end()
 
