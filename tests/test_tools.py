@@ -409,6 +409,8 @@ def test_made_up_result_without_an_end_is_not_waited_for(
             await connection.send(event(delta("and so on ")))
             await asyncio.sleep(0.01)
         waited_for.append("the end")
+        await connection.send(DONE)
+        await connection.end()
 
     server.answers += [answer]
     assert chain(tools=[now]).text == "llama: now said noon"
