@@ -131,7 +131,7 @@ def chain_sync(prompt: str | None = "hi", model: str = "autonomous-llama", **kwa
     chained, conversation = Chained(), get_model(model).conversation()
     chained.responses = conversation.responses
     try:
-        for chunk in conversation.chain(prompt, **kwargs):
+        for chunk in conversation.chain(prompt, chain_limit=9, **kwargs):
             chained.chunks.append(chunk)
         chained.messages = [response.messages() for response in conversation.responses]
     except AutonomousError as error:
@@ -143,7 +143,7 @@ async def chain_async(prompt: str | None = "hi", model: str = "autonomous-llama"
     chained, conversation = Chained(), get_async_model(model).conversation()
     chained.responses = conversation.responses
     try:
-        async for chunk in conversation.chain(prompt, **kwargs):
+        async for chunk in conversation.chain(prompt, chain_limit=9, **kwargs):
             chained.chunks.append(chunk)
         chained.messages = [await response.messages() for response in conversation.responses]
     except AutonomousError as error:

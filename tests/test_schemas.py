@@ -84,6 +84,11 @@ ACCEPTED = {
         f'Not {{"name": "Cleo", "age": "not known to anybody"}} but {CLEO}',
         strict(CLEO),
     ),
+    "the larger of two that match": (
+        DOG,
+        f'As in {{"name": "", "age": 0}}: {CLEO}, not {{"name": "", "age": 1}}',
+        strict(CLEO),
+    ),
     "raw line breaks": (DOG, '{"name": "Cleo\n\tthe dog", "age": 4}', {"name": "Cleo\n\tthe dog", "age": 4}),
     "braces in a string": (DOG, 'So: {"name": "}{ \\" [", "age": 4}.', {"name": '}{ " [', "age": 4}),
     "no ASCII": (DOG, '{"name": "Клео 𝄞\u2028", "age": 4}', {"name": "Клео 𝄞\u2028", "age": 4}),
