@@ -322,7 +322,7 @@ def test_text_is_not_held(chain: Chain, server: Loopback, monkeypatch: pytest.Mo
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
         for word in words:
-            assert await asyncio.to_thread(sent.acquire, timeout=30), "the word before it was held"
+            assert await asyncio.to_thread(sent.acquire, timeout=10), "the word before it was held"
             await connection.send(event(delta(word)))
         await connection.send(STOP)
         await connection.end()
