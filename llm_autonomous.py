@@ -55,7 +55,9 @@ logger = logging.getLogger(__name__)
 BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
 # What httpx makes a client from, beside its arguments.
-PROXY_VARIABLES = tuple(f(f"{name}_proxy") for name in ("http", "https", "all", "no") for f in (str.lower, str.upper))
+PROXY_VARIABLES = tuple(
+    name for lower in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (lower, lower.upper())
+)
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
@@ -73,14 +75,13 @@ JITTER = 0.25  # as a fraction of the wait
 MAX_RETRY_AFTER = 10.0  # seconds; a server that asks for more gets no further attempt
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-USUAL_FINISH_REASONS = re.compile(
+USUAL_FINISH_REASONS = (
     "stop(ped|_token|_sequence)?|eos(_token)?|eot|end(_turn|_of_turn)?|completed?|done|finish(ed)?|success"
-    "|tool_calls?|tool_use|function_call",
-    re.IGNORECASE,
+    "|tool_calls?|tool_use|function_call"
 )
-NO_FINISH_REASON = re.compile("(null|none|undefined)?", re.IGNORECASE)
+NO_FINISH_REASON = "(null|none|undefined)?"
 # The content codings of HTTP, as IANA registers them. Servers also write words there that name none, such as utf-8.
-CODINGS = re.compile(r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b", re.IGNORECASE)
+CODINGS = r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page where its title is looked for
@@ -197,11 +198,8 @@ def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> 
     """What stands in the system prompt, since the wire has no fields for it: how to call tools, and what to answer."""
     instructions = []
     if tools:
-        described = (
-            {"name": tool.name, **({"description": tool.description} if tool.description else {})}
-            | {"parameters": tool.input_schema}
-            for tool in tools
-        )
+        fields = (("name", "name"), ("description", "description"), ("parameters", "input_schema"))
+        described = ({key: value for key, field in fields if (value := getattr(tool, field))} for tool in tools)
         lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in described)
         instructions.append(TOOL_INSTRUCTIONS.format(tools=lines))
     if schema:
@@ -516,7 +514,7 @@ class Completion:
             self.answered, self.whole = True, False
             if self._surrogate or not text.isascii():
                 text = self._join_surrogates(text)
-        if reason and not (isinstance(reason, str) and NO_FINISH_REASON.fullmatch(reason.strip())):
+        if reason and not (isinstance(reason, str) and re.fullmatch(NO_FINISH_REASON, reason.strip(), re.IGNORECASE)):
             self.envelope["finish_reason"] = shallow(reason)
             whole = True
         if whole:
@@ -598,7 +596,7 @@ class ToolCallParser:
             if called:
                 return 0
         if call := _call_tag(text):
-            return call.start()
+            return int(call.start())
         if not end and (cut := _cut_tag(text, max(0, len(text) - MAX_HELD - len(RESULT_TAG)))):
             self._rest = cut[0]
         return len(text) - len(self._rest)
@@ -625,24 +623,29 @@ class ToolCallParser:
         return []
 
 
+def lazy(pattern: str, flags: int = 0, method: str = "search") -> Callable[..., Any]:
+    """A method of a regular expression that is compiled when it is first used: `llm --help` should not wait for it."""
+    return lambda *arguments: getattr(re.compile(pattern, flags), method)(*arguments)
+
+
 RESULT_TAG = "<tool_response>"
 CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "id"))
 
-_call_tag = re.compile(r"<(?:tool_call|tools)>\s{0,255}[{\[]").search
-_cut_tag = re.compile(r"(<(tool_call|tools)>\s{0,255}|<(t(o(o(l(_(c(a(ll?)?)?)?|s)?)?)?)?)?)\Z").search
-_call_or_result = re.compile(r"<(?:tool_call|(?P<tools>tools))>\s{0,255}(?=[{\[])|(?P<result><tool_response>)").search
-_tags = re.compile(r"</?(?:tool_call|tools|tool_response)>").finditer
-_bracket = re.compile(r"[{\[]").search
-_marks = re.compile(r"""[{}\[\]]|"(\\.|[^"\\])*("|\Z)""", re.DOTALL).finditer
-_closing_tag = re.compile(r"[\s;,]*</(?:tool_call|tools)>").match
-_separator = cast(Callable[..., re.Match[str]], re.compile(r"[\s;,]*").match)
-_bare_opening = cast(Callable[..., re.Match[str]], re.compile(r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?").match)
-_text_behind_json = re.compile(r"[}\]]\s*[^\s}\],;{\[`<]").search
-_bare_end = re.compile(r"\s*(```\s*)?(<tool_response>.*)?", re.DOTALL).fullmatch
-_first_key = re.compile(r"[\[\s]*\{\s*([\"'])(\w+)\1\s*:\s*").match
-_before_first_key = re.compile(r"[\[\s]*(\{\s*(([\"'])\w*(\3\s*)?)?)?").fullmatch
-_string = re.compile(r"([\"'])([^\"'\\]*)\1").match
-_strings = re.compile(r"""("(\\.|[^"\\])*("|\Z)|'(\\.|[^'\\])*('|\Z))""", re.DOTALL).sub
+_call_tag = lazy(r"<(?:tool_call|tools)>\s{0,255}[{\[]")
+_cut_tag = lazy(r"(<(tool_call|tools)>\s{0,255}|<(t(o(o(l(_(c(a(ll?)?)?)?|s)?)?)?)?)?)\Z")
+_call_or_result = lazy(r"<(?:tool_call|(?P<tools>tools))>\s{0,255}(?=[{\[])|(?P<result><tool_response>)")
+_tags = lazy(r"</?(?:tool_call|tools|tool_response)>", method="finditer")
+_bracket = lazy(r"[{\[]")
+_marks = lazy(r"""[{}\[\]]|"(\\.|[^"\\])*("|\Z)""", re.DOTALL, method="finditer")
+_closing_tag = lazy(r"[\s;,]*</(?:tool_call|tools)>", method="match")
+_separator = lazy(r"[\s;,]*", method="match")
+_bare_opening = lazy(r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?", method="match")
+_text_behind_json = lazy(r"[}\]]\s*[^\s}\],;{\[`<]")
+_bare_end = lazy(r"\s*(```\s*)?(<tool_response>.*)?", re.DOTALL, method="fullmatch")
+_first_key = lazy(r"[\[\s]*\{\s*([\"'])(\w+)\1\s*:\s*", method="match")
+_before_first_key = lazy(r"[\[\s]*(\{\s*(([\"'])\w*(\3\s*)?)?)?", method="fullmatch")
+_string = lazy(r"([\"'])([^\"'\\]*)\1", method="match")
+_strings = lazy(r"""("(\\.|[^"\\])*("|\Z)|'(\\.|[^'\\])*('|\Z))""", re.DOTALL, method="sub")
 
 
 def may_be_call(start: str, names: Collection[str]) -> bool | None:
@@ -679,7 +682,7 @@ def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
             if not values:
                 raise ValueError("there is none in it")
             pieces += map(read_call, values)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise broken_call(str(error), text[found.end() :]) from None
         called = True
         if closing := _closing_tag(text, position):
@@ -695,7 +698,7 @@ def read_bare_calls(text: str, names: Collection[str]) -> tuple[list[llm.ToolCal
     try:
         values, position = read_values(text, _bare_opening(text, 0).end())
         calls = [read_call(value) for value in values]
-    except ValueError:
+    except (ValueError, RecursionError):
         return [], position
     return calls if _bare_end(text, position) and all(call.name in names for call in calls) else [], position
 
@@ -716,7 +719,7 @@ def read_values(text: str, position: int) -> tuple[list[Any], int]:
         try:
             value, position = _decode_json(text, begin)
         except (ValueError, RecursionError) as error:
-            # They go up to a tag: to the first that does not stand in one of their strings.
+            # No decoder finds where literals end: at a tag, the first that does not stand in one of their strings.
             ends = [tag.start() for tag in itertools.islice(_tags(text, begin), 4)]
             for position in (*ends, len(text)):
                 if value := read_literals(text[begin:position]):
@@ -868,7 +871,7 @@ def balanced_end(text: str, begin: int) -> int:
     for mark in _marks(text, begin):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(mark[0], 0)
         if depth == 0:
-            return mark.end()
+            return int(mark.end())
     return len(text)
 
 
@@ -1247,7 +1250,7 @@ class Exchange:
             details = {key: value for key, value in usages[-1].items() if key.endswith("_details")}
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         reason = quoted(str(envelope.get("finish_reason", "stop")))
-        if not USUAL_FINISH_REASONS.fullmatch(reason):
+        if not re.fullmatch(USUAL_FINISH_REASONS, reason, re.IGNORECASE):
             limit = ": it reached the model's limit" if reason in ("length", "max_tokens") else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not reply.whole:
@@ -1309,7 +1312,7 @@ class Attempt:
             self.refusal = head
             self._hurry(ERROR_BODY_TIMEOUT)
         named = head.headers.get("content-encoding", "")
-        codings = [found[0].lower().removeprefix("x-") for found in CODINGS.finditer(named)]
+        codings = [found[0].removeprefix("x-") for found in re.finditer(CODINGS, named.lower())]
         if codings in ([], ["gzip"], ["deflate"]):
             self.coding = "".join(codings)
         else:  # not asked for; and encodings on top of each other unpack to more than memory holds
