@@ -509,22 +509,23 @@ class Completion:
             reason = choice.get("finish_reason") or reason
         elif "choices" not in chunk and not chunk.get("usage") and not reason:
             raise not_understood(as_json(chunk))
+        envelope = self.envelope
         self.understood = True
         if text:
             self.answered, self.whole = True, False
             if self._surrogate or not text.isascii():
                 text = self._join_surrogates(text)
         if reason and not (isinstance(reason, str) and re.fullmatch(NO_FINISH_REASON, reason.strip(), re.IGNORECASE)):
-            self.envelope["finish_reason"] = shallow(reason)
+            envelope["finish_reason"] = shallow(reason)
             whole = True
         if whole:
             self.whole = True
         if usage := chunk.get("usage"):
-            self.envelope["usage"] = shallow(usage)
-        if "model" not in self.envelope or "id" not in self.envelope:
+            envelope["usage"] = shallow(usage)
+        if "model" not in envelope or "id" not in envelope:
             for key in ("id", "model", "created"):
                 if (value := chunk.get(key)) is not None:
-                    self.envelope.setdefault(key, shallow(value))
+                    envelope.setdefault(key, shallow(value))
         return text or ""
 
     def _pick(self, choices: list[Any]) -> dict[str, Any]:
@@ -906,7 +907,7 @@ class Reply:
     @property
     def whole(self) -> bool:
         """Whether all of the answer has come: what the connection does from here on does not matter."""
-        return self.completion.whole or self.ended
+        return self.completion.whole or self.framing.ended or self.finished
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The pieces that ``data``, the next bytes of the reply, or its end completes."""
@@ -1338,7 +1339,8 @@ class Attempt:
             self._hurry(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
         else:
             self.patience, self.deadline = self.exchange.timeout, 0.0
-        return self._out(pieces)
+        # Calls come at the end. The text of one network read is one piece for `llm` to keep.
+        return self._out(["".join(pieces)] if len(pieces) > 1 else pieces)
 
     def _hurry(self, seconds: float, renew: bool = False) -> None:
         seconds = min(seconds, self.exchange.timeout)
@@ -1359,16 +1361,13 @@ class Attempt:
         return self._out(pieces)
 
     def _out(self, pieces: list[Any]) -> list[Any]:
-        if not pieces:
+        if not pieces or (self.yielded and len(pieces) == 1 and isinstance(pieces[0], str)):
             return pieces
         if not self.yielded and self.corrected and self.corrected.yielded:
             pieces.insert(0, "\n")
         self.yielded = True
-        out: list[Any] = []
-        for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, str)):
-            run = [*group]  # the text of one network read is one piece for `llm` to keep
-            out += ["".join(run)] if is_text else [event for call in run for event in self.exchange.report_call(call)]
-        return out
+        told = ([piece] if isinstance(piece, str) else self.exchange.report_call(piece) for piece in pieces)
+        return [*itertools.chain.from_iterable(told)]
 
 
 # The connections: kept between prompts, since a client costs 30 ms to make, and a connection a TLS handshake
