@@ -699,12 +699,12 @@ def test_any_cutting_of_anything_gives_the_same(text: str, data: st.DataObject) 
 @pytest.mark.parametrize("depth", [100, 900, 990, 1_000, 5_000, 100_000])
 @pytest.mark.parametrize("tag", ["<tool_call>", ""], ids=["tagged", "bare"])
 def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
-    """Arguments that are nested deeper than Python can write are a broken call, or text: never an exception."""
+    """Arguments that are nested deeper than Python reads are a broken call, or text: never an exception."""
     nested = '{"a": ' * depth + "1" + "}" * depth
     parser = ToolCallParser(set(NAMES))
     text = f'{tag}{{"name": "add", "arguments": {nested}}}'
     out = parser.feed([text]) + parser.feed([], end=True)
     if depth == 100:
         assert [piece.name for piece in out] == ["add"]
-    elif depth >= 1_000:
+    elif depth == 100_000:  # between them it is the version of Python that decides
         assert (out == [text] and not parser.error) if not tag else (not out and parser.error)
