@@ -19,6 +19,7 @@ import datetime
 import email.utils
 import functools
 import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -86,8 +87,7 @@ CODINGS = r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page where its title is looked for
 MAX_HELD = 256  # characters of white space, or of JSON, until it is known whether a call begins
-MAX_FAILURES = 100  # brackets in an answer to a schema that begin no JSON
-MAX_LITERALS = 64 * 1024  # characters of a call that is written in Python's literals
+MAX_LITERAL = 64 * 1024  # characters of a call that is written as Python would
 MAX_EXCERPT = 300  # characters of a server's words in an error
 
 
@@ -549,206 +549,204 @@ class Completion:
 
 
 class ToolCallParser:
-    """The text of an answer in, its text and its tool calls out. It is there only where tools were given to the model.
+    """Splits the text of an answer into text and tool calls. Used only when the model was given tools.
 
-    Reads what Hermes, Qwen and Llama write: calls in ``<tool_call>`` or ``<tools>``, and JSON that is the whole reply,
-    bare, behind ``<|python_tag|>`` or in a fence, if it calls nothing but ``names``. All else is text, to the last
-    character; only white space next to a call is dropped. `feed` gives text as it comes, and at the end all from the
-    first call on: where one of them cannot be read, the model is to write them all anew. It gives the same for every
-    way the text can be cut, costs O(n), and never raises: such a call ends up in `error`, with a correction.
+    Hermes and Qwen write a call as JSON in ``<tool_call>`` or ``<tools>``. Llama writes nothing but the JSON: bare,
+    after ``<|python_tag|>``, or in a code fence. That is a call only if it is the whole answer and names tools in
+    ``names``. Everything else is text and comes out unchanged, except for white space next to a call.
+
+    Text is passed on at once, but everything from the first call on is held until the end, because one unreadable call
+    makes the model write all of them again. `feed` never raises: such a call is left in `error`, with a correction for
+    the model. The result does not depend on how the text was cut, and the cost is O(n).
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
         self.error: AutonomousError | None = None
-        self.finished = False  # the model makes up results: nothing behind its calls is its answer
-        self._started = False  # it is known whether the reply begins as a call
-        self._rest = ""  # a few characters whose meaning depends on the next
-        self._held: list[str] = []  # all from the first call on
-        self._size = 0  # of it, in characters
-        self._last = ""  # the end of it, where a made-up result may begin
-        self._looked = 0  # how much was held when it was looked at
+        self.finished = False  # the model is making up results: nothing after its calls is part of the answer
+        self._at_start = True  # the whole answer may still turn out to be a bare call
+        self._undecided = ""  # a few characters that may be the beginning of a call
+        self._calls = io.StringIO()  # everything from the first call on
+        self._tail = ""  # the last few characters of it
+        self._parsed = 0  # how much of it there was when it was last parsed
 
-    def feed(self, pieces: Iterable[Any], end: bool = False) -> list[Any]:
-        """The text that ``pieces``, the next of the answer, completes; at its ``end``, what is left and the calls."""
-        text = self._rest + "".join(pieces)
-        begin = 0 if self._held else self._find_call(text, end)
-        out: list[Any] = [text[:begin]] if begin else []
-        if text := text[begin + len(self._rest) :]:
-            out += self._hold(text)
-        if end and self._held and not self.error:
+    def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
+        """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
+        plain, calls = "", "".join(pieces)
+        if not self._calls.tell():
+            plain, calls, self._undecided = self._partition(self._undecided + calls, end)
+        out: list[Any] = [plain] if plain else []
+        if calls:
+            out += self._hold(calls)
+        if end and self._calls.tell() and not self.error:
             try:
-                out += read_answer("".join(self._held), self.names)[0]
+                answer, self.finished = read_answer(self._calls.getvalue(), self.names)
+                out += answer
             except AutonomousError as error:
                 self.error = error
         return out
 
-    def _find_call(self, text: str, end: bool) -> int:
-        """Where the first call begins, or else the rest, which may become one."""
-        self._rest = ""
-        if not self._started:
-            begin = _bare_opening(text, 0).end()
-            look = text[begin : begin + MAX_HELD]
-            called = may_be_call(look, self.names) if begin < MAX_HELD else False
-            if called is None and not end and len(look) < MAX_HELD:
-                self._rest = text
-                return 0
-            self._started = True
-            if called:
-                return 0
-        if call := _call_tag(text):
-            return int(call.start())
-        if not end and (cut := _cut_tag(text, max(0, len(text) - MAX_HELD - len(RESULT_TAG)))):
-            self._rest = cut[0]
-        return len(text) - len(self._rest)
+    def _partition(self, text: str, end: bool) -> tuple[str, str, str]:
+        """``text`` in three parts: plain text, everything from the first call on, and what is still undecided."""
+        if self._at_start:
+            bare = is_bare_call(text, self.names)
+            if bare is None and not end:
+                return "", "", text
+            self._at_start = False
+            if bare:
+                return "", text, ""
+        if call := re.search(CALL, text):
+            return text[: call.start()], text[call.start() :], ""
+        decided = len(text) if end else begin_of_tag(text)
+        return text[:decided], "", text[decided:]
 
-    def _hold(self, text: str) -> list[str]:
-        """Hold what may be calls; return it where it turns out to be none."""
-        self._held.append(text)
-        self._size += len(text)
-        if self._size > MAX_EVENT_BYTES:
+    def _hold(self, text: str) -> list[Any]:
+        """Hold what looks like calls. If it turns out to be none, return it as the text that it is."""
+        size = self._calls.tell() + self._calls.write(text)
+        if size > MAX_EVENT_BYTES:
             self.error = self.error or too_large("a tool call")
-        last = self._last + text
-        self._last = last[-len(RESULT_TAG) :]
-        # What would end the reply, or show that it is not all JSON, may still stand in a string. It is looked into only
-        # when there is twice as much as the last time, which keeps the cost linear.
-        if self._size < 2 * self._looked or self.error or not (RESULT_TAG in last or _text_behind_json(last)):
+        recent = self._tail + text
+        self._tail = recent[-len(RESULT_TAG) :]
+        # Words behind the JSON, or a made-up result, settle what it is, but either may also stand in a string. To know,
+        # parse everything, but not again until there is twice as much: that keeps the cost linear.
+        if self.error or size < 2 * self._parsed or not re.search(BEHIND_CALLS, recent):
             return []
-        self._looked, held = self._size, "".join(self._held)
+        self._parsed, held = size, self._calls.getvalue()
         calls, behind = read_bare_calls(held, self.names)
         if behind and not calls:
-            self._held, self._size, self._looked, self._last = [], 0, 0, ""
+            self._calls, self._tail, self._parsed = io.StringIO(), "", 0
             return [held[:behind], *self.feed([held[behind:]])]
         with contextlib.suppress(AutonomousError):
             self.finished = read_answer(held, self.names)[1]
         return []
 
 
-def lazy(pattern: str, flags: int = 0, method: str = "search") -> Callable[..., Any]:
-    """A method of a regular expression that is compiled when it is first used: `llm --help` should not wait for it."""
-    return lambda *arguments: getattr(re.compile(pattern, flags), method)(*arguments)
-
-
+# `re` compiles these at their first use, and keeps them: `llm --help` should not wait for that.
 RESULT_TAG = "<tool_response>"
+CALL = r"<(?P<tag>tool_call|tools)>\s{0,255}(?=[{\[])"
+CALL_OR_RESULT = rf"{CALL}|{RESULT_TAG}"
+BEHIND_CALLS = rf"[}}\]]\s*[^\s}}\],;{{\[`<]|{RESULT_TAG}"
+CLOSING_TAG = r"[\s;,]*</(tool_call|tools)>"
+SEPARATOR = r"[\s;,]*"
+BEFORE_BARE = r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?"
+BEHIND_BARE = rf"(?s)\s*(```\s*)?({RESULT_TAG}.*)?"
+FIRST_KEY = r"""[\[\s]*\{\s*(["'])(?P<key>\w+)\1\s*:\s*((["'])(?P<value>[^"'\\]*)\4)?"""
+FIRST_KEY_CUT = r"""[\[\s]*(\{\s*((["'])\w*(\3\s*)?)?)?"""
+JSON_START = r"""\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
+# A bracket, or a string as JSON or Python writes it, which may be cut off. An apostrophe in a word opens no string.
+TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
+
 CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "id"))
 
-_call_tag = lazy(r"<(?:tool_call|tools)>\s{0,255}[{\[]")
-_cut_tag = lazy(r"(<(tool_call|tools)>\s{0,255}|<(t(o(o(l(_(c(a(ll?)?)?)?|s)?)?)?)?)?)\Z")
-_call_or_result = lazy(r"<(?:tool_call|(?P<tools>tools))>\s{0,255}(?=[{\[])|(?P<result><tool_response>)")
-_tags = lazy(r"</?(?:tool_call|tools|tool_response)>", method="finditer")
-_bracket = lazy(r"[{\[]")
-_marks = lazy(r"""[{}\[\]]|"(\\.|[^"\\])*("|\Z)""", re.DOTALL, method="finditer")
-_closing_tag = lazy(r"[\s;,]*</(?:tool_call|tools)>", method="match")
-_separator = lazy(r"[\s;,]*", method="match")
-_bare_opening = lazy(r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?", method="match")
-_text_behind_json = lazy(r"[}\]]\s*[^\s}\],;{\[`<]")
-_bare_end = lazy(r"\s*(```\s*)?(<tool_response>.*)?", re.DOTALL, method="fullmatch")
-_first_key = lazy(r"[\[\s]*\{\s*([\"'])(\w+)\1\s*:\s*", method="match")
-_before_first_key = lazy(r"[\[\s]*(\{\s*(([\"'])\w*(\3\s*)?)?)?", method="fullmatch")
-_string = lazy(r"([\"'])([^\"'\\]*)\1", method="match")
-_strings = lazy(r"""("(\\.|[^"\\])*("|\Z)|'(\\.|[^'\\])*('|\Z))""", re.DOTALL, method="sub")
+
+def is_bare_call(text: str, names: Collection[str]) -> bool | None:
+    """Whether an answer that begins with ``text`` looks like a call of one of ``names``; None: too early to say."""
+    text = text[:MAX_HELD]
+    unknown = None if len(text) < MAX_HELD else False
+    text = text[skip(BEFORE_BARE, text) :]
+    if first := re.match(FIRST_KEY, text):
+        key, value = first["key"], first["value"]
+        if key not in ("name", "type"):
+            return key in CALL_KEYS
+        return unknown if value is None else value in (names if key == "name" else ("function",))
+    cut = re.fullmatch(FIRST_KEY_CUT, text) or any(word.startswith(text) for word in ("<|python_tag|>", "```", "json"))
+    return unknown if cut else False
 
 
-def may_be_call(start: str, names: Collection[str]) -> bool | None:
-    """Whether a reply that begins with the JSON of ``start`` may be a call of one of ``names``; None: not known yet."""
-    key = _first_key(start)
-    if key is None:
-        cut = _before_first_key(start) or any(word.startswith(start) for word in ("<|python_tag|>", "```json", "json"))
-        return None if cut else False
-    if key[2] not in ("name", "type"):
-        return key[2] in CALL_KEYS
-    value = _string(start, key.end())
-    return value[2] in (names if key[2] == "name" else ("function",)) if value else None
+def begin_of_tag(text: str) -> int:
+    """Where the tag of a call begins that the end of ``text`` may have cut off; the end itself if there is none."""
+    _, bracket, tail = text[-MAX_HELD - len(RESULT_TAG) :].rpartition("<")
+    cut = bracket and any(tag.startswith(tail) or tail.rstrip() == tag for tag in ("tool_call>", "tools>"))
+    return len(text) - len(bracket + tail) if cut else len(text)
+
+
+def skip(pattern: str, text: str, start: int = 0) -> int:
+    """Where ``pattern`` ends if it is at ``start``, else ``start``."""
+    found = re.compile(pattern).match(text, start)
+    return found.end() if found else start
 
 
 def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
-    """The text and calls of an answer, and whether made-up results followed them; raises what is wrong with a call."""
+    """The text and the calls of an answer, and whether the model made up results; raises what is wrong with a call."""
     calls, behind = read_bare_calls(text, names)
     if calls:
         return calls, RESULT_TAG in text[behind:]
     pieces: list[Any] = []
-    position, called = 0, False
-    while found := _call_or_result(text, max(position, behind)):
-        if found["result"] and called:
-            break
-        add_text(pieces, text[position : found.start()], called)
+    start = 0  # of what is not in pieces yet
+    while found := re.compile(CALL_OR_RESULT).search(text, max(start, behind)):
+        if not found["tag"]:
+            if pieces:
+                break
+            behind = found.end()  # the result of no call is text
+            continue
         try:
-            values, position = ([], found.end()) if found["result"] else read_values(text, found.end())
-            if found["result"] or (
-                found["tools"] and any(isinstance(value, dict) and "description" in value for value in values)
-            ):
-                # A result before any call, or the tools as the model was given them.
-                pieces.append(text[found.start() : position])
+            values, end = read_values(text, found.end())
+            if found["tag"] == "tools" and any(isinstance(value, dict) and "description" in value for value in values):
+                behind = end  # so are the tools as the model was given them
                 continue
             if not values:
                 raise ValueError("there is none in it")
-            pieces += map(read_call, values)
+            calls = [read_call(value) for value in values]
         except (ValueError, RecursionError) as error:
             raise broken_call(str(error), text[found.end() :]) from None
-        called = True
-        if closing := _closing_tag(text, position):
-            position = closing.end()
+        pieces += [text[start : found.start()], *calls]
+        start = skip(CLOSING_TAG, text, end)
     else:
-        add_text(pieces, text[position:], called)
-    return pieces, bool(found)
+        pieces.append(text[start:])
+    return [piece for piece in pieces if not isinstance(piece, str) or piece.strip()], bool(found)
 
 
 def read_bare_calls(text: str, names: Collection[str]) -> tuple[list[llm.ToolCall], int]:
-    """The calls that a whole reply is, none if it is anything else, and the position behind the JSON it begins with."""
-    position = 0
+    """The calls that an answer is as a whole, none if it is anything else, and the end of the JSON it begins with."""
+    end = 0
     try:
-        values, position = read_values(text, _bare_opening(text, 0).end())
+        values, end = read_values(text, skip(BEFORE_BARE, text))
         calls = [read_call(value) for value in values]
     except (ValueError, RecursionError):
-        return [], position
-    return calls if _bare_end(text, position) and all(call.name in names for call in calls) else [], position
+        return [], end
+    whole = re.compile(BEHIND_BARE).fullmatch(text, end) and all(call.name in names for call in calls)
+    return calls if whole else [], end
 
 
-def add_text(pieces: list[Any], text: str, called: bool) -> None:
-    if text and not (called and text.isspace()):
-        pieces.append(text)
-
-
-def read_values(text: str, position: int) -> tuple[list[Any], int]:
-    """The JSON values from a position of ``text`` on, lists taken apart, and the position behind them.
-
-    Raw line breaks in strings are read, and Python's literals as what they would be in JSON.
-    """
+def read_values(text: str, start: int) -> tuple[list[Any], int]:
+    """The objects that stand at ``start`` one after the other, also in lists, and where the last one ends."""
     values: list[Any] = []
-    begin = position
-    while text.startswith(("{", "["), begin):
-        try:
-            value, position = _decode_json(text, begin)
-        except (ValueError, RecursionError) as error:
-            # No decoder finds where literals end: at a tag, the first that does not stand in one of their strings.
-            ends = [tag.start() for tag in itertools.islice(_tags(text, begin), 4)]
-            for position in (*ends, len(text)):
-                if value := read_literals(text[begin:position]):
-                    break
-            else:
-                raise ValueError(f"it is no valid JSON: {getattr(error, 'msg', error)}") from None
+    end = start
+    while text.startswith(("{", "["), start):
+        value, end = read_value(text, start)
         values += value if isinstance(value, list) else [value]
-        begin = _separator(text, position).end()
-    if text.startswith(("}", "]"), begin):
-        raise ValueError(f"it goes on behind its end: {text[begin]}")
-    return values, position
+        start = skip(SEPARATOR, text, end)
+    if text.startswith(("}", "]"), start):
+        raise ValueError(f"it goes on behind its end: {text[start]}")
+    return values, end
 
 
-def read_literals(text: str) -> list[Any] | None:
-    """Python literals, one a line or behind ``;``, as the values that they would be in JSON; None if they are none."""
-    text = text.strip().removesuffix("```")
-    if len(text) > MAX_LITERALS:
-        return None
-    values: list[Any] = []
+def read_value(text: str, start: int) -> tuple[Any, int]:
+    """The object or list at ``start``, written as JSON or as Python would, and where it ends."""
+    try:
+        return _decode_json(text, start)
+    except (ValueError, RecursionError) as error:
+        problem = f"it is no valid JSON: {getattr(error, 'msg', error)}"
+    end = closing_bracket(text, start)
+    if end is None or end - start > MAX_LITERAL:
+        raise ValueError(problem)
+    literal = re.sub(TOKEN, lambda token: token[0].replace("\n", "\\n"), text[start:end])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+        warnings.simplefilter("ignore")  # a backslash that escapes nothing
         try:
-            for statement in ast.parse(_strings(lambda string: string[0].replace("\n", "\\n"), text)).body:
-                value = json.loads(json.dumps(ast.literal_eval(cast(ast.Expr, statement).value)))
-                values += value if isinstance(value, list) else [value]
-        except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
-            return None
-    return values
+            return json.loads(json.dumps(ast.literal_eval(literal))), end
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise ValueError(problem) from None
+
+
+def closing_bracket(text: str, start: int) -> int | None:
+    """Where the object or list at ``start`` ends, by its brackets alone; None if it does not."""
+    depth = 0
+    for token in re.compile(TOKEN).finditer(text, start):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+        if depth == 0:
+            return token.end()
+    return None
 
 
 def read_call(value: Any) -> llm.ToolCall:
@@ -772,67 +770,9 @@ def read_call(value: Any) -> llm.ToolCall:
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
 
 
-class SchemaReader:
-    """The text of an answer in, and at its end the JSON in it that matches a schema, alone; calls go past it.
-
-    Half of a JSON value, or one that then does not match, helps nobody: all is held, up to `MAX_EVENT_BYTES`
-    characters. No match ends up in `error`, with a correction. The text of an answer that calls tools is dropped, since
-    it is not the final one.
-    """
-
-    finished = False  # it is the end of the answer that decides
-
-    def __init__(self, validator: Any) -> None:
-        self.validator = validator
-        self.error: AutonomousError | None = None
-        self._held: list[str] = []
-        self._size = 0
-        self._called = False
-
-    def feed(self, pieces: Iterable[Any], end: bool = False) -> list[Any]:
-        """The calls among ``pieces``, and at the end of the answer its JSON."""
-        out: list[Any] = []
-        for piece in pieces:
-            if not isinstance(piece, str):
-                self._called = True
-                out.append(piece)
-                continue
-            self._size += len(piece)
-            if self._size > MAX_EVENT_BYTES:
-                self.error = too_large("an answer to a schema")
-            else:
-                self._held.append(piece)
-        if end and not self._called and not self.error:
-            try:
-                out.append(self._match("".join(self._held)))
-            except AutonomousError as error:
-                self.error = error
-        return out
-
-    def _match(self, text: str) -> str:
-        """The largest JSON value of an answer that matches."""
-        from jsonschema.exceptions import best_match
-
-        problem = "there is no JSON in it"
-        for value, json_text in sorted(find_json(text), key=lambda found: -len(found[1])):
-            try:
-                error = best_match(self.validator.iter_errors(value))
-            except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
-                raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
-            if error is None:
-                return json_text
-            if not problem.startswith("$"):
-                # The sentence begins with the value, which may be long: its end is what says something.
-                problem = quoted(f"{error.json_path}: {error.message[-MAX_EXCERPT // 2 :]}")
-        raise AutonomousError(
-            f"the answer does not match the schema, {problem}; it begins: {quoted(text)}",
-            correction=f"Your answer does not match the JSON schema: {problem}. Answer again with the JSON alone.",
-        )
-
-
 def schema_validator(schema: dict[str, Any]) -> Any:
     """A validator of `jsonschema`; raises what is wrong with the schema itself."""
-    import jsonschema  # which takes longer to import than all else here
+    import jsonschema  # takes longer to import than everything else here
     import referencing
 
     try:
@@ -841,73 +781,80 @@ def schema_validator(schema: dict[str, Any]) -> Any:
     except Exception as error:  # a schema can be wrong in ways that jsonschema did not foresee
         reason = quoted(getattr(error, "message", str(error)))
         raise AutonomousError(f"the schema is no JSON schema: {reason}; nothing was sent") from None
-    return kind(schema, registry=referencing.Registry())  # its own, which fetches no $ref from another host
+    return kind(schema, registry=referencing.Registry())  # an empty one: a $ref to another host is not fetched
+
+
+def matching_json(text: str, validator: Any) -> str:
+    """The largest JSON value in an answer that matches the schema; raises why there is none."""
+    from jsonschema.exceptions import best_match
+
+    problem = "there is no JSON in it"
+    for value, json_text in sorted(find_json(text), key=lambda found: -len(found[1])):
+        try:
+            error = best_match(validator.iter_errors(value))
+        except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
+            raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
+        if error is None:
+            return json_text
+        if not problem.startswith("$"):
+            # The sentence begins with the value, which may be long: its end is what says something.
+            problem = quoted(f"{error.json_path}: {error.message[-MAX_EXCERPT // 2 :]}")
+    raise AutonomousError(
+        f"the answer does not match the schema, {problem}; it begins: {quoted(text)}",
+        correction=f"Your answer does not match the JSON schema: {problem}. Answer again with the JSON alone.",
+    )
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
-    """The JSON values in an answer, each with its own text: all of it, or in a fence, or among words."""
+    """The JSON in an answer, as values and as text: the whole answer, or the objects and lists in it."""
     text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
-    end = failures = 0
-    bracket: re.Match[str] | None = re.match("", text)
-    while bracket and failures < MAX_FAILURES:
-        begin = bracket.start()
+    with contextlib.suppress(ValueError, RecursionError):
+        yield json.loads(text, strict=False), strict_json(text)
+        return
+    end: int | None = 0
+    while end is not None and (found := re.compile(JSON_START).search(text, end)):
+        start = found.start()
         try:
-            value, end = _decode_json(text, begin)
-            if end == len(text) or isinstance(value, (dict, list)):
-                anew = json.dumps(value, allow_nan=False)  # NaN and the infinities are no JSON
-                yield value, text[begin:end] if is_strict(text[begin:end]) else anew
-        except (ValueError, RecursionError) as error:
-            failures += 1
-            words = (
-                getattr(error, "pos", len(text)) <= _space(text, begin + 1).end()
-                and text[begin + 1 :].lstrip()[:1] != '"'
-            )
-            end = max(end, begin + 1 if words else balanced_end(text, begin))
-        bracket = _bracket(text, end)
+            value, end = _decode_json(text, start)
+            yield value, strict_json(text[start:end])
+        except (ValueError, RecursionError):
+            end = closing_bracket(text, start)  # what stands in something broken is only a part
 
 
-def balanced_end(text: str, begin: int) -> int:
-    """Where what opens at ``begin`` is closed, though it is no JSON; the end of the text if it never is."""
-    depth = 0
-    for mark in _marks(text, begin):
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(mark[0], 0)
-        if depth == 0:
-            return int(mark.end())
-    return len(text)
-
-
-def is_strict(text: str) -> bool:
-    """Whether JSON has no raw line breaks in its strings, which are read here, but not by `jq`."""
+def strict_json(text: str) -> str:
+    """JSON as the standard has it, for the likes of ``jq``: no raw line breaks in strings; raises if it has a NaN."""
+    value = json.loads(text, strict=False)
+    anew = json.dumps(value, allow_nan=False)
     try:
         json.loads(text)
     except ValueError:
-        return False
-    return True
+        return anew
+    return text
 
 
 class Reply:
-    """The machines of one reply in a row: bytes in, the pieces of the answer out, and in `error` what is wrong with it.
+    """The whole way of one reply: bytes in, pieces of the answer out, and in `error` what is wrong with it.
 
-    A piece is text, or a tool call. What came before an error is given before it. Neither `feed` nor `close` raises.
+    A piece is text, or a tool call. What came before an error is returned before it. No method raises.
     """
 
-    def __init__(self, machines: Iterable[ToolCallParser | SchemaReader] = ()) -> None:
+    def __init__(self, parser: ToolCallParser | None = None, validator: Any = None) -> None:
         self.framing = Framing()
         self.completion = Completion()
-        self.machines = [*machines]  # behind these two, if tools or a schema were given
-        self.written: list[str] = []  # the text before them
-        self.finished = False  # the model goes on with what is no part of the answer
+        self.parser = parser  # if there are tools
+        self.validator = validator  # if there is a schema
+        self.written = io.StringIO()  # what the model wrote, if it may have to be put right
         self.error: AutonomousError | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether nothing that could still come is part of the answer."""
-        return self.framing.ended or self.finished
+        """Nothing that could still come is part of the answer."""
+        return self.framing.ended or (self.parser is not None and self.parser.finished)
 
     @property
     def whole(self) -> bool:
-        """Whether all of the answer has come: what the connection does from here on does not matter."""
-        return self.completion.whole or self.framing.ended or self.finished
+        """All of the answer has come: what happens to the connection from here on does not matter."""
+        return self.completion.whole or self.ended
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The pieces that ``data``, the next bytes of the reply, or its end completes."""
@@ -924,7 +871,7 @@ class Reply:
                     texts.append(text)
             except AutonomousError as error:
                 self.error = error
-        return self._pass(texts, False) if self.machines and texts else texts
+        return self._read(texts) if texts and (self.parser or self.validator) else texts
 
     def close(self) -> list[Any]:
         """The pieces that the end of the reply completes."""
@@ -939,18 +886,27 @@ class Reply:
         return pieces
 
     def finish(self) -> list[Any]:
-        """The pieces that are held until it is known that the reply ended well."""
-        return self._pass([], True)
+        """The pieces that were held until it was known that the reply ended well."""
+        return self._read([], end=True) if self.parser or self.validator else []
 
-    def _pass(self, pieces: list[Any], end: bool) -> list[Any]:
-        self.written += pieces
-        for machine in self.machines:
-            pieces = machine.feed(pieces, end)
-            self.finished = self.finished or machine.finished
-            if machine.error:
-                self.error = self.error or machine.error
-                return pieces if machine is self.machines[-1] else []
-        return pieces
+    def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
+        """Look for tool calls, and hold an answer to a schema, half of which would help nobody, until its end."""
+        self.written.writelines(pieces)
+        if self.parser:
+            pieces = self.parser.feed(pieces, end)
+            self.error = self.error or self.parser.error
+        if not self.validator:
+            return pieces
+        if self.written.tell() > MAX_EVENT_BYTES:
+            self.error = self.error or too_large("an answer to a schema")
+        calls = [piece for piece in pieces if not isinstance(piece, str)]
+        if self.error or calls or not end:
+            return calls  # an answer that calls tools is not the last one: its text is dropped
+        try:
+            return [matching_json(self.written.getvalue(), self.validator)]
+        except AutonomousError as error:
+            self.error = error
+            return []
 
 
 def mended(text: str) -> str:
@@ -1205,16 +1161,13 @@ class Exchange:
         """What to send: the prompt, and behind it an attempt's answer that was no good, with what is wrong with it."""
         if corrected is None:
             return self.body
-        answer, error = "".join(corrected.reply.written), cast(AutonomousError, corrected.reply.error)
+        answer, error = corrected.reply.written.getvalue(), cast(AutonomousError, corrected.reply.error)
         messages = [*self.messages, {"role": "assistant", "content": answer}]
         return build_body(self.model.service, [*messages, {"role": "user", "content": error.correction}], self.stream)
 
-    def machines(self) -> Iterator[ToolCallParser | SchemaReader]:
-        """What reads the answer's text in one attempt."""
-        if self.tools:
-            yield ToolCallParser({tool.name for tool in self.tools})
-        if self.validator:
-            yield SchemaReader(self.validator)
+    def reply(self) -> Reply:
+        """What reads the reply to one attempt."""
+        return Reply(ToolCallParser({tool.name for tool in self.tools}) if self.tools else None, self.validator)
 
     def settle(self, attempt: Attempt) -> Attempt | None:
         """The attempt that is to follow, after its `wait`; None behind a whole answer; else the error, raised."""
@@ -1297,7 +1250,7 @@ class Attempt:
         self.request = httpx.Request(
             "POST", exchange.url, headers=build_headers(), content=exchange.body_for(corrected), extensions=extensions
         )
-        self.reply = Reply(exchange.machines())
+        self.reply = exchange.reply()
         self.yielded = False  # some of the answer has gone out
         self.failure: Exception | None = None
         self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx

@@ -469,7 +469,7 @@ def test_call_larger_than_the_bound(start: str, block: str, monkeypatch: pytest.
     """A call that never ends is an error at the bound, and no more than that is kept of it."""
     bound = 128 * KIB
     monkeypatch.setattr(llm_autonomous, "MAX_EVENT_BYTES", bound)
-    reply, event = Reply([ToolCallParser(set(NAMES))]), f"data: {json.dumps(delta(block * KIB))}\n\n".encode()
+    reply, event = Reply(ToolCallParser(set(NAMES))), f"data: {json.dumps(delta(block * KIB))}\n\n".encode()
     tracemalloc.start()
     try:
         out = reply.feed(f"data: {json.dumps(delta(start))}\n\n".encode())
