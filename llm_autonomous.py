@@ -1126,11 +1126,7 @@ def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | N
 
 
 class Exchange:
-    """One prompt: what is asked, made once, and what comes of its attempts. No network.
-
-    The loops of `Autonomous` and `AsyncAutonomous` go through its attempts alike: `begin` makes the first, and `settle`
-    says after each what is to follow.
-    """
+    """One prompt on its way: what is asked, and what is made of the answer. No I/O."""
 
     def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any, conversation: Any) -> None:
         service, options = model.service, cast(AutonomousOptions, prompt.options)
@@ -1146,7 +1142,6 @@ class Exchange:
         self.auth = (url.username, url.password) if url.userinfo else None
         self.url = url.copy_with(userinfo=b"")  # httpx logs it: without user name and password
         self.messages, self.stream = messages, stream
-        self.body = build_body(service, messages, stream)
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
         self.model = model
@@ -1154,36 +1149,37 @@ class Exchange:
         # the connection of a reader that stops early to the garbage collector.
         self.response: Any = weakref.proxy(response)
 
-    def begin(self, number: int = 1, wait: float | None = None, corrected: Attempt | None = None) -> Attempt:
-        return self.model.attempt_type(self, number, wait, corrected)
+    def attempts(self) -> Iterator[Attempt]:
+        """The attempts one by one, each decided by what came of the one before. Raises the error of the last."""
+        attempt, limit = self.model.attempt_type(self), self.model.attempts
+        while True:
+            yield attempt
+            error = attempt.reply.error
+            if error is None:
+                self._report(attempt)
+                return
+            located = error.located(self.url, attempt.number, checking=limit == 1)
+            wait = None if attempt.yielded else retry_wait(error, attempt.number, limit)
+            if error.correction and not attempt.corrected and attempt.number < limit:
+                logger.info("%s; the model is told", located)
+                attempt = self.model.attempt_type(self, attempt.number + 1, corrected=attempt)
+            elif wait is not None:
+                logger.info("%s; trying again in %.1f s", located, wait)
+                attempt = self.model.attempt_type(self, attempt.number + 1, wait, attempt.corrected)
+            else:
+                raise located from attempt.failure
 
-    def body_for(self, corrected: Attempt | None) -> bytes:
-        """What to send: the prompt, and behind it an attempt's answer that was no good, with what is wrong with it."""
-        if corrected is None:
-            return self.body
-        answer, error = corrected.reply.written.getvalue(), cast(AutonomousError, corrected.reply.error)
-        messages = [*self.messages, {"role": "assistant", "content": answer}]
-        return build_body(self.model.service, [*messages, {"role": "user", "content": error.correction}], self.stream)
+    def body(self, corrected: Attempt | None) -> bytes:
+        """What to send: the prompt and, to have an answer corrected, that answer and what is wrong with it."""
+        messages = self.messages
+        if corrected and corrected.reply.error:
+            answer, correction = corrected.reply.written.getvalue(), corrected.reply.error.correction
+            messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": correction}]
+        return build_body(self.model.service, messages, self.stream)
 
     def reply(self) -> Reply:
         """What reads the reply to one attempt."""
         return Reply(ToolCallParser({tool.name for tool in self.tools}) if self.tools else None, self.validator)
-
-    def settle(self, attempt: Attempt) -> Attempt | None:
-        """The attempt that is to follow, after its `wait`; None behind a whole answer; else the error, raised."""
-        error, attempts = attempt.reply.error, self.model.attempts
-        if error is None:
-            self._report(attempt)
-            return None
-        located = error.located(self.url, attempt.number, checking=attempts == 1)
-        if error.correction and not attempt.corrected and attempt.number < attempts:
-            logger.info("%s; the model is told", located)
-            return self.begin(attempt.number + 1, corrected=attempt)
-        wait = None if attempt.yielded else retry_wait(error, attempt.number, attempts)
-        if wait is None:
-            raise located from attempt.failure
-        logger.info("%s; trying again in %.1f s", located, wait)
-        return self.begin(attempt.number + 1, wait, attempt.corrected)
 
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
         """Tell `llm` of a tool call: to make it, and in the events that keep text and calls in order."""
@@ -1238,7 +1234,9 @@ class Attempt:
     anything did (`failure`), and its end (`close`).
     """
 
-    def __init__(self, exchange: Exchange, number: int, wait: float | None, corrected: Attempt | None) -> None:
+    def __init__(
+        self, exchange: Exchange, number: int = 1, wait: float | None = None, corrected: Attempt | None = None
+    ) -> None:
         import httpx
 
         self.exchange = exchange
@@ -1248,7 +1246,7 @@ class Attempt:
         limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict()}
         self.request = httpx.Request(
-            "POST", exchange.url, headers=build_headers(), content=exchange.body_for(corrected), extensions=extensions
+            "POST", exchange.url, headers=build_headers(), content=exchange.body(corrected), extensions=extensions
         )
         self.reply = exchange.reply()
         self.yielded = False  # some of the answer has gone out
@@ -1271,9 +1269,6 @@ class Attempt:
             self.coding = "".join(codings)
         else:  # not asked for; and encodings on top of each other unpack to more than memory holds
             self.reply.error = AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
-
-    def saw(self, data: bytes) -> None:
-        """Look at bytes as they came, before they are unpacked: `ShownAttempt` does."""
 
     def feed(self, data: bytes) -> list[Any]:
         """Take the next bytes of the reply; return the pieces of the answer in them."""
@@ -1314,11 +1309,11 @@ class Attempt:
         return self._out(pieces)
 
     def _out(self, pieces: list[Any]) -> list[Any]:
-        if not pieces or (self.yielded and len(pieces) == 1 and isinstance(pieces[0], str)):
-            return pieces
-        if not self.yielded and self.corrected and self.corrected.yielded:
-            pieces.insert(0, "\n")
-        self.yielded = True
+        """The pieces as `llm` takes them."""
+        if pieces and not self.yielded:
+            self.yielded = True
+            if self.corrected and self.corrected.yielded:
+                pieces.insert(0, "\n")
         told = ([piece] if isinstance(piece, str) else self.exchange.report_call(piece) for piece in pieces)
         return [*itertools.chain.from_iterable(told)]
 
@@ -1467,17 +1462,17 @@ async def async_pool(proxy: str | None) -> Pool:
 
 
 def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
-    """The body of a reply, as long as the attempt wants it, each piece waited for no longer than its `patience`.
+    """The body of a reply. The attempt's `patience` says how long to wait for each piece of it.
 
-    httpcore takes the timeout from the request when it begins to read a body, and goes on where it was when it begins
-    again. So a wait is changed by beginning again, and nothing is changed that another attempt could meet.
+    httpcore looks up the timeout when it starts to iterate over a body, and can start again in the middle. So starting
+    again is how to change it, and no later attempt can inherit the change.
     """
-    begun = []  # all are kept to the end: a body that is dropped before its end closes the connection
-    live = "network_stream" in head.extensions  # what comes from no network begins again at its start
+    started = []  # all of them are kept: one that is dropped before its end would close the connection
+    live = "network_stream" in head.extensions  # a canned reply would start again at its beginning
     while True:
         patience = attempt.request.extensions["timeout"]["read"] = attempt.patience
-        begun.append(iter(cast("httpx.SyncByteStream", head.stream)))
-        for data in begun[-1]:
+        started.append(iter(cast("httpx.SyncByteStream", head.stream)))
+        for data in started[-1]:
             yield data
             if attempt.patience != patience and live:
                 break
@@ -1486,7 +1481,7 @@ def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
 
 
 class AsyncBody:
-    """The same for async, where a wait can simply be given a limit. No generator: see `AsyncAutonomous.execute`."""
+    """The same for async, where any wait can be given a limit. Not a generator: see `AsyncAutonomous.execute`."""
 
     def __init__(self, head: httpx.Response, attempt: Attempt) -> None:
         self.pieces = aiter(cast("httpx.AsyncByteStream", head.stream))
@@ -1499,10 +1494,8 @@ class AsyncBody:
         import asyncio
 
         attempt, piece = self.attempt, anext(self.pieces)
-        kept_by_httpx = attempt.patience == attempt.exchange.timeout
-        data = await (piece if kept_by_httpx else asyncio.wait_for(piece, attempt.patience))
-        attempt.saw(data)
-        return data
+        limited_by_httpx = attempt.patience == attempt.exchange.timeout
+        return await (piece if limited_by_httpx else asyncio.wait_for(piece, attempt.patience))
 
 
 def unpack(coding: str, body: Any) -> httpx.Response:
@@ -1536,8 +1529,9 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
     ) -> Iterator[str | StreamEvent]:
         exchange = Exchange(self, prompt, stream, response, conversation)
         client = sync_client(exchange.proxy)
-        attempt: Attempt | None = exchange.begin()
-        while attempt:
+        for attempt in exchange.attempts():
+            if attempt.wait is not None:
+                time.sleep(attempt.wait)
             try:
                 with contextlib.closing(client.send(attempt.request, auth=exchange.auth, stream=True)) as head:
                     attempt.open(head)
@@ -1549,9 +1543,6 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
             except Exception as failure:  # whatever it is, the user gets one line; a traceback has the cause
                 attempt.failure = failure
             yield from attempt.close()
-            attempt = exchange.settle(attempt)
-            if attempt and attempt.wait is not None:
-                time.sleep(attempt.wait)
 
 
 class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
@@ -1571,8 +1562,9 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         # An event loop that ends closes all its async generators, in no order. There is no other here than this
         # one and those of httpx that it reads: two that close each other would be reported as errors.
         async with await async_pool(exchange.proxy) as client:
-            attempt: Attempt | None = exchange.begin()
-            while attempt:
+            for attempt in exchange.attempts():
+                if attempt.wait is not None:
+                    await asyncio.sleep(attempt.wait)
                 try:
                     head = await client.send(attempt.request, auth=exchange.auth, stream=True)
                     async with contextlib.aclosing(head):
@@ -1587,9 +1579,6 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     attempt.failure = failure
                 for piece in attempt.close():
                     yield piece
-                attempt = exchange.settle(attempt)
-                if attempt and attempt.wait is not None:
-                    await asyncio.sleep(attempt.wait)
 
 
 # The one command
@@ -1675,8 +1664,9 @@ class ShownAttempt(Attempt):
         self.show_headers("<", head.headers)
         super().open(head)
 
-    def saw(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> list[Any]:
         self.show("<", data)
+        return super().feed(data)
 
     def close(self) -> list[Any]:
         end = root_reason(self.failure)[0] if self.failure else "stopped reading" if self.over else "the end"
