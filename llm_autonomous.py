@@ -1326,7 +1326,7 @@ ClientKey = tuple[Any, ...]
 _locks: dict[int, threading.Lock] = {}  # by process: a lock that is held at a fork is never released in the child
 _ssl_contexts: dict[ClientKey, ssl.SSLContext] = {}
 _clients: dict[ClientKey, httpx.Client] = {}
-_pools: dict[asyncio.AbstractEventLoop, LoopPools] = {}
+_pools: list[Pool] = []  # of all event loops
 
 
 def client_key(proxy: str | None) -> ClientKey:
@@ -1390,12 +1390,27 @@ def _close_client(pid: int, client: httpx.Client) -> None:
 
 
 class Pool:
-    """An async client, which is one connection pool, and how many prompts are using it: ``async with`` counts."""
+    """An async client, which is one connection pool, and how many prompts are using it: ``async with`` counts them."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self.client = client
+    def __init__(self, loop: asyncio.AbstractEventLoop, key: ClientKey) -> None:
+        import httpx
+
+        self.loop = loop
+        self.key = key
+        self.client = new_client(httpx.AsyncClient, key)
         self.in_flight = 0
-        self.idle_since = time.monotonic()
+        self.idle_since = 0.0
+        self.life = self._live()
+
+    async def _live(self) -> AsyncGenerator[None, None]:
+        # An event loop that ends closes the async generators that were started in it. That is how a pool is closed.
+        _pools.append(self)
+        try:
+            yield
+        finally:
+            _pools.remove(self)
+            if self.key[0] == os.getpid():  # a parent process closes its own
+                await self.client.aclose()
 
     async def __aenter__(self) -> httpx.AsyncClient:
         self.in_flight += 1
@@ -1406,56 +1421,28 @@ class Pool:
         self.idle_since = time.monotonic()
 
 
-class LoopPools:
-    """The pools of one event loop, which closes them: what ends a loop calls shutdown_asyncgens, which ends `owner`."""
+async def take_pool(proxy: str | None) -> Pool:
+    """A pool of the running event loop with room for another prompt.
 
-    def __init__(self) -> None:
-        self.by_key: dict[ClientKey, list[Pool]] = {}
-        self.owner = self._own()
-
-    async def _own(self) -> AsyncGenerator[None, None]:
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        try:
-            yield
-        finally:
-            _pools.pop(loop, None)
-            for key, pools in self.by_key.items():
-                for pool in pools if key[0] == os.getpid() else ():  # a parent process closes its own
-                    await pool.client.aclose()
-
-    async def take(self, key: ClientKey) -> Pool:
-        """A pool for one prompt.
-
-        For each request, httpcore looks at every connection of a pool, and for idle ones at all others: a pool of a
-        thousand spends its time on that. So prompts beyond `POOL_SIZE` at once get further pools.
-        """
-        import httpx
-
-        pools = self.by_key.setdefault(key, [])
-        expired = time.monotonic() - KEEPALIVE
-        while idle := next((pool for pool in pools[1:] if not pool.in_flight and pool.idle_since < expired), None):
-            pools.remove(idle)
-            await idle.client.aclose()
-        for pool in pools:
-            if pool.in_flight < POOL_SIZE:
-                return pool
-        pools.append(Pool(new_client(httpx.AsyncClient, key)))
-        return pools[-1]
-
-
-async def async_pool(proxy: str | None) -> Pool:
-    """A pool of the running event loop for ``proxy``, for one prompt."""
+    There are several because httpcore looks at every connection of its pool for each request, and for each idle one at
+    all the others: with a thousand, it would do nothing else.
+    """
     import asyncio
 
-    for ended in [loop for loop in [*_pools] if loop.is_closed()]:
-        _pools.pop(ended, None)  # without shutdown_asyncgens
-    loop = asyncio.get_running_loop()
-    if loop not in _pools:
-        _pools[loop] = LoopPools()
-        await anext(_pools[loop].owner)  # the first step of a generator is what tells the event loop of it
-    return await _pools[loop].take(client_key(proxy))
+    loop, key = asyncio.get_running_loop(), client_key(proxy)
+    for pool in [*_pools]:
+        if pool.loop.is_closed():  # without closing its async generators
+            _pools.remove(pool)
+    pools = [pool for pool in _pools if (pool.loop, pool.key) == (loop, key)]
+    for pool in pools[1:]:
+        if not pool.in_flight and pool.idle_since < time.monotonic() - KEEPALIVE and pool in _pools:
+            await pool.life.aclose()
+    for pool in pools:
+        if pool.in_flight < POOL_SIZE and pool in _pools:
+            return pool
+    pool = Pool(loop, key)
+    await anext(pool.life)
+    return pool
 
 
 # What moves the bytes
@@ -1561,7 +1548,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         del response, conversation  # as Exchange keeps neither
         # An event loop that ends closes all its async generators, in no order. There is no other here than this
         # one and those of httpx that it reads: two that close each other would be reported as errors.
-        async with await async_pool(exchange.proxy) as client:
+        async with await take_pool(exchange.proxy) as client:
             for attempt in exchange.attempts():
                 if attempt.wait is not None:
                     await asyncio.sleep(attempt.wait)
