@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
+import codecs
 import contextlib
 import datetime
 import email.utils
@@ -76,11 +77,12 @@ JITTER = 0.25  # as a fraction of the wait
 MAX_RETRY_AFTER = 10.0  # seconds; a server that asks for more gets no further attempt
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
+# Any other finish reason is worth a warning.
 USUAL_FINISH_REASONS = (
     "stop(ped|_token|_sequence)?|eos(_token)?|eot|end(_turn|_of_turn)?|completed?|done|finish(ed)?|success"
     "|tool_calls?|tool_use|function_call"
 )
-NO_FINISH_REASON = "(null|none|undefined)?"
+NO_FINISH_REASONS = ("", "null", "none", "undefined")
 # The content codings of HTTP, as IANA registers them. Servers also write words there that name none, such as utf-8.
 CODINGS = r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b"
 
@@ -475,77 +477,60 @@ class Completion:
     """The values of a reply in, its text out: what chat-completion chunks mean, or a whole completion."""
 
     def __init__(self) -> None:
-        self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, as far as sent
+        self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, as far as they were sent
         self.understood = False  # something of a known shape has come
         self.answered = False  # some text has come
-        self.whole = False  # and by what was said of it, all of it: a finish reason, or a completion in one piece
-        self._index: Any = None  # of the choice whose text this is
-        self._surrogate = ""  # the first half of a character that was cut in two chunks
+        self.whole = False  # and nothing more is expected: there was a finish reason, or a completion in one piece
+        self._index: Any = None  # of the choice that is the answer
+        # Servers that cut text by UTF-16 units put half of a character at the end of a chunk (such as \ud83d), and the
+        # other half in the next. Alone, neither can be printed or stored.
+        self._characters = codecs.getincrementaldecoder("utf-16-le")("replace")
 
     def read(self, chunk: Any) -> str:
-        """The text of a chunk or a whole completion; raises what it reports, or that it is of no known shape."""
+        """The text of a chunk or of a whole completion. Raises the error that it reports, or that it is neither."""
         if not isinstance(chunk, dict):
             raise not_understood(as_json(chunk))
         if chunk.get("error"):
             raise AutonomousError(f"the service reports an error: {quoted(error_words(chunk))}")
-        choices, reason, text, whole = chunk.get("choices"), chunk.get("finish_reason"), None, False
-        if choices:
-            choice = choices[0] if isinstance(choices, list) else None
-            if not isinstance(choice, dict):
-                raise not_understood(as_json(chunk))
-            if len(choices) > 1 or choice.get("index") != self._index:
-                choice = self._pick(choices)
-            part = choice.get("delta")
-            if not part:
-                part = choice.get("message") or {}
-                whole = bool(part)
-            text = (
-                (part.get("content") or part.get("refusal") or choice.get("text")) if isinstance(part, dict) else part
-            )
-            if text and not (isinstance(text, str) and isinstance(part, dict)):
-                raise not_understood(as_json(chunk))
-            if text and self._index is None:
-                self._index = choice.get("index") or 0
-            reason = choice.get("finish_reason") or reason
-        elif "choices" not in chunk and not chunk.get("usage") and not reason:
+        choice = self._choice(chunk)
+        part = choice.get("delta") or choice.get("message") or {}
+        text = isinstance(part, dict) and (part.get("content") or part.get("refusal") or choice.get("text") or "")
+        reason, usage = choice.get("finish_reason") or chunk.get("finish_reason"), chunk.get("usage")
+        if not isinstance(text, str) or not ("choices" in chunk or usage or reason):
             raise not_understood(as_json(chunk))
-        envelope = self.envelope
         self.understood = True
         if text:
             self.answered, self.whole = True, False
-            if self._surrogate or not text.isascii():
-                text = self._join_surrogates(text)
-        if reason and not (isinstance(reason, str) and re.fullmatch(NO_FINISH_REASON, reason.strip(), re.IGNORECASE)):
-            envelope["finish_reason"] = shallow(reason)
-            whole = True
-        if whole:
+            self._index = self._index or choice.get("index") or 0
+            if not text.isascii() or self._characters.getstate()[0]:
+                text = self._characters.decode(text.encode("utf-16-le", "surrogatepass"))
+        if reason and str(reason).strip().lower() not in NO_FINISH_REASONS:
+            self.envelope["finish_reason"] = shallow(reason)
             self.whole = True
-        if usage := chunk.get("usage"):
-            envelope["usage"] = shallow(usage)
-        if "model" not in envelope or "id" not in envelope:
-            for key in ("id", "model", "created"):
-                if (value := chunk.get(key)) is not None:
-                    envelope.setdefault(key, shallow(value))
-        return text or ""
+        if part and not choice.get("delta"):
+            self.whole = True
+        if usage:
+            self.envelope["usage"] = shallow(usage)
+        for key in ("id", "model", "created"):
+            if key not in self.envelope and chunk.get(key) is not None:
+                self.envelope[key] = shallow(chunk[key])
+        return text
 
-    def _pick(self, choices: list[Any]) -> dict[str, Any]:
-        # One choice is asked for. A server that sends more interleaves them: only the first is the answer.
-        wanted = (None, self._index or 0)
-        mine = [choice for choice in choices if isinstance(choice, dict) and choice.get("index") in wanted]
-        return mine[0] if mine else choices[0] if self._index is None else {}
-
-    def _join_surrogates(self, text: str) -> str:
-        # A server that cuts its text by UTF-16 units sends half a character (an escape such as \ud83d) at the
-        # end of one chunk and half at the start of the next. Alone, neither can be printed or stored.
-        text = self._surrogate + text
-        self._surrogate = text[-1] if "\ud800" <= text[-1] <= "\udbff" else ""
-        text = text[: len(text) - len(self._surrogate)]
-        return mended(text)
+    def _choice(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """The first choice, also of a server that sends several by turns though only one is asked for."""
+        choices = chunk.get("choices")
+        if not choices:
+            return {}
+        if not isinstance(choices, list) or not isinstance(choices[0], dict):
+            raise not_understood(as_json(chunk))
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("index") in (None, self._index or 0):
+                return choice
+        return choices[0] if self._index is None else {}
 
     def close(self) -> str:
         """The text that the end of the reply completes."""
-        text, self._surrogate = "\ufffd" if self._surrogate else "", ""
-        return text
+        return self._characters.decode(b"", final=True)
 
 
 class ToolCallParser:
