@@ -615,27 +615,27 @@ CLOSING_TAG = r"[\s;,]*</(tool_call|tools)>"
 SEPARATOR = r"[\s;,]*"
 BEFORE_BARE = r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?"
 BEHIND_BARE = rf"(?s)\s*(```\s*)?({RESULT_TAG}.*)?"
-FIRST_KEY = r"""[\[\s]*\{\s*(["'])(?P<key>\w+)\1\s*:\s*((["'])(?P<value>[^"'\\]*)\4)?"""
-FIRST_KEY_CUT = r"""[\[\s]*(\{\s*((["'])\w*(\3\s*)?)?)?"""
 JSON_START = r"""\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
 # A bracket, or a string as JSON or Python writes it, which may be cut off. An apostrophe in a word opens no string.
 TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
 
+BARE_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"function":', '{"id":')
 CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "id"))
 
 
 def is_bare_call(text: str, names: Collection[str]) -> bool | None:
     """Whether an answer that begins with ``text`` looks like a call of one of ``names``; None: too early to say."""
-    text = text[:MAX_HELD]
-    unknown = None if len(text) < MAX_HELD else False
-    text = text[skip(BEFORE_BARE, text) :]
-    if first := re.match(FIRST_KEY, text):
-        key, value = first["key"], first["value"]
-        if key not in ("name", "type"):
-            return key in CALL_KEYS
-        return unknown if value is None else value in (names if key == "name" else ("function",))
-    cut = re.fullmatch(FIRST_KEY_CUT, text) or any(word.startswith(text) for word in ("<|python_tag|>", "```", "json"))
-    return unknown if cut else False
+    starts = [*BARE_STARTS, *(f'{{"name":"{squeezed(name)}"' for name in names)]
+    openings = [before + start for before in ("", "```", "```json", "<|python_tag|>") for start in starts]
+    begin = squeezed(text[:MAX_HELD])
+    if begin.startswith(tuple(openings)):
+        return True
+    return None if len(text) < MAX_HELD and any(opening.startswith(begin) for opening in openings) else False
+
+
+def squeezed(text: str) -> str:
+    """JSON without what may stand between its first few characters, and with one kind of quotes."""
+    return re.sub(r"[\s\[]", "", text).replace("'", '"')
 
 
 def begin_of_tag(text: str) -> int:
