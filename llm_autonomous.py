@@ -1,12 +1,12 @@
-"""The models of the Autonomous AI service for LLM: free, no key, often down.
+"""An LLM plugin for the models of Autonomous AI, a free service that needs no key and is often down.
 
-A *model* is one of the service's five. An *exchange* is one prompt on its way, an *attempt* one try at it. A *reply* is
-what the server sends back, in whatever dialect. A *piece* is what it adds to the answer: some text, or a tool call. A
-*correction* is a sentence that tells the model what was wrong with its answer.
+An *exchange* is one prompt and everything done to get it answered. Each try is an *attempt*, and what the server sends
+back is its *reply*. The answer comes out of the reply in *pieces*: text and tool calls. If the model makes a mistake,
+a *correction* tells it what was wrong, and it answers again.
 
-The module reads as one request does: the models, how they register, what is sent, how the reply is read, what can go
-wrong, what is tried again, the connections, what moves the bytes, the one command. Whatever is not about moving bytes
-stands once, for sync and async alike.
+The module follows a prompt on its way: the models, registering them, what is sent, how the reply is read, what can go
+wrong, retries, connections, the two classes that move the bytes, and at the end `llm autonomous check`. Only those two
+classes do I/O; all the rest is shared by sync and async.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from llm.utils import simplify_usage_dict
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 if TYPE_CHECKING:
-    # httpx, asyncio and ssl are imported where they are used: a plugin is loaded by every `llm` command, and
-    # `llm --help` should not wait for an HTTP client.
+    # These are imported where they are used. Every `llm` command loads this plugin, and `llm --help` should not have
+    # to wait for an HTTP client.
     import asyncio
     import ssl
 
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
-# What httpx makes a client from, beside its arguments.
+# Besides its arguments, these decide how httpx sets up a client.
 PROXY_VARIABLES = tuple(
     name for lower in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (lower, lower.upper())
 )
@@ -64,33 +64,33 @@ CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
-CONNECT_TIMEOUT = 10.0  # seconds to connect, at most
-DRAIN_TIMEOUT = 0.5  # seconds to wait for the end of a reply whose answer is already known
-FINISH_TIMEOUT = 3.0  # seconds to wait, behind a finish reason, for the usage and the end
-ERROR_BODY_TIMEOUT = 5.0  # seconds to wait for the body of a reply whose status is an error
-KEEPALIVE = 60.0  # seconds an idle connection is kept for the next prompt
+CONNECT_TIMEOUT = 10.0  # seconds to connect
+DRAIN_TIMEOUT = 0.5  # seconds for the reply to end once the answer is complete
+FINISH_TIMEOUT = 3.0  # seconds for usage and the end of the reply to arrive after a finish reason
+ERROR_BODY_TIMEOUT = 5.0  # seconds for the body of an error status to arrive
+KEEPALIVE = 60.0  # seconds that an idle connection stays open for the next prompt
 POOL_SIZE = 32  # concurrent async prompts per connection pool
 
-ATTEMPTS = 3  # per prompt, in all
-BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, give or take JITTER
+ATTEMPTS = 3  # per prompt, including the first
+BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, plus or minus JITTER
 JITTER = 0.25  # as a fraction of the wait
-MAX_RETRY_AFTER = 10.0  # seconds; a server that asks for more gets no further attempt
+MAX_RETRY_AFTER = 10.0  # seconds; if the server asks for more, the prompt fails at once
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-# Any other finish reason is worth a warning.
+# Any other finish reason means that the answer may be cut short.
 USUAL_FINISH_REASONS = (
     "stop(ped|_token|_sequence)?|eos(_token)?|eot|end(_turn|_of_turn)?|completed?|done|finish(ed)?|success"
     "|tool_calls?|tool_use|function_call"
 )
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
-# The content codings of HTTP, as IANA registers them. Servers also write words there that name none, such as utf-8.
+# The content codings that IANA has registered. Servers also send words that are none, such as utf-8.
 CODINGS = r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
-MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page where its title is looked for
-MAX_HELD = 256  # characters of white space, or of JSON, until it is known whether a call begins
-MAX_LITERAL = 64 * 1024  # characters of a call that is written as Python would
-MAX_EXCERPT = 300  # characters of a server's words in an error
+MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page whose title is wanted
+MAX_HELD = 256  # characters to hold back while it is unclear whether they begin a tool call
+MAX_LITERAL = 64 * 1024  # characters of a tool call written in Python's syntax
+MAX_EXCERPT = 300  # characters of the server's own words in an error
 
 
 # The models
@@ -125,14 +125,14 @@ SERVICE_MODELS = (
 )
 
 
-# Registration: no network, no files, nothing that can raise
+# Registration: touches neither network nor files, and cannot raise
 
 
 @llm.hookimpl(trylast=True)
 def register_models(register: Callable[..., None], model_aliases: list[ModelWithAliases]) -> None:
     for service in SERVICE_MODELS:
         aliases = [*service.aliases]
-        # The bare names are common property. Behind the other plugins (trylast) it is known which are free.
+        # Other plugins may offer the same backend under its bare name. Running last, we see which names are free.
         taken = {name for known in model_aliases for name in (known.model.model_id, *known.aliases)}
         if service.backend not in taken:
             aliases.append(service.backend)
@@ -143,7 +143,7 @@ def register_models(register: Callable[..., None], model_aliases: list[ModelWith
 
 
 class AutonomousOptions(llm.Options):
-    # A proxy URL may hold a password: a validation error must not print what it was given.
+    # A proxy URL may contain a password, so validation errors must not repeat it.
     model_config = ConfigDict(hide_input_in_errors=True)
 
     proxy: str | None = Field(
@@ -176,7 +176,7 @@ def is_proxy_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.port != 0 and parts.scheme in ("http", "https", "socks5", "socks5h") and bool(parts.hostname)
-    except ValueError:  # among them what is no port number
+    except ValueError:  # such as a port that is not a number
         return False
 
 
@@ -197,7 +197,7 @@ SCHEMA_INSTRUCTIONS = """\
 
 
 def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> str:
-    """What stands in the system prompt, since the wire has no fields for it: how to call tools, and what to answer."""
+    """How to call tools and which JSON to answer with: part of the system prompt, as the wire has no fields for it."""
     instructions = []
     if tools:
         fields = (("name", "name"), ("description", "description"), ("parameters", "input_schema"))
@@ -213,12 +213,13 @@ def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> 
 def build_messages(
     messages: list[llm.Message], image_types: frozenset[str], tools: bool = False, instructions: str = ""
 ) -> list[dict[str, Any]]:
-    """The message list of PROTOCOL.md, ``[{"role": …, "content": …}, …]``, for a whole conversation.
+    """The whole conversation as PROTOCOL.md wants it: ``[{"role": …, "content": …}, …]``.
 
-    ``content`` is a string, or OpenAI content parts where there are images of ``image_types``. Earlier tool calls and
-    their results stand as the model would write and be given them, if this prompt has ``tools``. Else they become
-    bracketed notes, as does what else the wire format cannot carry, so that a conversation begun with another model
-    can go on; reasoning, and messages left empty, are left out. ``instructions`` end the system prompt.
+    ``content`` is a string, or a list of OpenAI content parts if there are images of ``image_types``. If this prompt
+    has ``tools``, earlier tool calls and results are written in the tags that the model was told to use. Otherwise they
+    become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
+    with another model can go on. Reasoning and empty messages are left out. ``instructions`` are added to the system
+    prompt.
     """
     built: list[dict[str, Any]] = []
     if instructions:
@@ -281,10 +282,9 @@ def tagged(tag: str, value: dict[str, Any]) -> str:
 
 
 def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
-    """The URL of an attachment, if it is an image of ``image_types``: its own, or a ``data:`` URL of its bytes.
+    """The URL of an image of one of ``image_types``: its own, or a ``data:`` URL of its bytes. None for anything else.
 
-    Nothing is fetched: `llm` has asked a URL for its type by the time it is part of a prompt, and one that
-    comes without a type is taken at its word.
+    Nothing is fetched. `llm` has already asked the URL for its type, and a URL without one is taken to be an image.
     """
     if not image_types or (attachment.url and not attachment.content):
         return attachment.url if image_types and attachment.type in (None, *image_types) else None
@@ -297,9 +297,9 @@ def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | 
 
 
 def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
-    """The request body: JSON of exactly four keys, ``messages`` being Base64 of JSON in ASCII escapes.
+    """The request body: a JSON object with four keys, one of which is the messages as JSON in Base64.
 
-    The escapes are part of the format: JavaScript's ``atob`` would turn raw UTF-8 into mojibake.
+    That JSON has to be ASCII. The server may decode it with JavaScript's ``atob``, which would garble UTF-8.
     """
     encoded = base64.b64encode(json.dumps(messages).encode("ascii")).decode("ascii")
     body = {"messages": encoded, "threadId": service.name, "stream": stream, "aiAgent": service.name}
@@ -308,11 +308,11 @@ def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bo
 
 @functools.cache
 def build_headers() -> dict[str, str]:
-    """The headers that PROTOCOL.md lists: constants, which tell the service nothing about the user."""
+    """The headers listed in PROTOCOL.md. All are constants and say nothing about the user."""
     version = importlib.metadata.version("llm-autonomous")
     return {
         "accept": "*/*",
-        # Named, so that what other packages add to httpx (Brotli, Zstandard) does not change the request.
+        # Spelled out because httpx would offer more if Brotli or Zstandard happens to be installed.
         "accept-encoding": "gzip, deflate",
         "accept-language": "en-US,en;q=0.9",
         "content-type": "application/json",
@@ -325,7 +325,7 @@ def build_headers() -> dict[str, str]:
 
 
 def endpoint_url(endpoint: str) -> httpx.URL:
-    """Where a prompt goes: ``/api/v1/ai/<endpoint>`` below the service or ``AUTONOMOUS_BASE_URL``."""
+    """Where to send a prompt: ``/api/v1/ai/<endpoint>`` at the service, or at ``AUTONOMOUS_BASE_URL``."""
     import httpx
 
     try:
@@ -340,33 +340,35 @@ def endpoint_url(endpoint: str) -> httpx.URL:
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
 
 
-# How the reply is read: machines in a row, none of which does I/O
+# How the reply is read, without any I/O: bytes -> JSON values -> text -> text and tool calls
 
 
 class Framing:
-    """Bytes of a reply in, JSON values out; knows no key of any of them. Streamed or whole, whatever the content type.
+    """Turns the bytes of a reply into JSON values, without looking into them. The content type does not matter.
 
-    Reads event streams by the WHATWG rules (https://html.spec.whatwg.org/multipage/server-sent-events.html)
-    and, as PROTOCOL.md asks, ``data:`` lines without blank lines between them, bare JSON lines, and one JSON value
-    in many lines. `feed` gives the values in order, the same for every way the bytes can be cut, at a cost of O(n) in
-    the bytes seen. It never raises: what cannot be read ends up in `error`, behind the values that came
-    before it. From one `feed` to the next at most `MAX_EVENT_BYTES` are held.
+    Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
+    as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
+    value spread over many lines.
+
+    `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
+    still returned. The result does not depend on how the bytes were cut, the cost is O(n), and at most
+    `MAX_EVENT_BYTES` are held between calls.
     """
 
     def __init__(self) -> None:
-        self.ended = False  # [DONE] has come: nothing behind it counts
+        self.ended = False  # [DONE] has arrived, and anything after it is ignored
         self.error: AutonomousError | None = None
-        self.stray = ""  # the first line of an unknown field
-        self.cut_off = ""  # the start of a value that the end of the reply cut off
+        self.stray = ""  # the first line with a field that no event stream has
+        self.cut_off = ""  # the beginning of a value, if the reply ended before the value did
         self.page = False  # the reply is a web page
         self._first = True  # no line has been read yet
-        self._skip_newline = False  # a CR ended the last feed: an LF at the start of the next belongs to it
+        self._skip_newline = False  # the last bytes ended with CR, so an LF that comes first belongs to it
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
-        self._document = False  # what is held goes on to the end of the reply: a web page, or JSON in many lines
+        self._document = False  # the rest of the reply is one thing: a web page, or JSON spread over lines
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
-        """The values that ``data``, the next bytes of the reply, completes, or its end: an event may end with it."""
+        """The values completed by ``data``, the next bytes of the reply, or by its ``end``."""
         values: list[Any] = []
         if self.error is None and not self.ended:
             try:
@@ -378,7 +380,7 @@ class Framing:
         return values
 
     def _read_bytes(self, data: bytes, values: list[Any]) -> None:
-        # Lines end at CRLF, LF or CR and nowhere else: U+2028 and its like are text, so no splitlines here.
+        # Lines end at CRLF, LF or CR and nowhere else. No splitlines, then: it would also break lines at U+2028.
         if self._skip_newline and data:
             self._skip_newline = False
             data = data.removeprefix(b"\n")
@@ -416,8 +418,8 @@ class Framing:
         if self._document:
             self._hold(line)
         elif line.startswith("data:") or line == "data":
-            # An event is read at its first line where that is all of it, so that neither its text nor the next
-            # event has to wait for a blank line; the lines of any other are held until it is complete.
+            # Most events are a single line, which is read at once: some servers send no blank line after it. The
+            # lines of any other event are held until it is complete.
             if self._held:
                 self._hold(line[5:].removeprefix(" "))
             elif rest := self._read_values(line[5:].lstrip(), values):
@@ -440,7 +442,7 @@ class Framing:
             raise too_large()
 
     def _read_held(self, values: list[Any], cut: bool = False) -> None:
-        """Read the event that a blank line, the next event, or the end of the reply has completed or cut off."""
+        """Read the event that ends here, at a blank line, at the next event or at the end of the reply."""
         held = self._held.decode().lstrip()
         self._held.clear()
         if held.startswith("<"):
@@ -452,7 +454,7 @@ class Framing:
             self.cut_off = rest
 
     def _read_values(self, text: str, values: list[Any]) -> str:
-        """Read JSON values, one behind the other, the first at once; return the rest, from one that is not complete."""
+        """Read as many JSON values as there are, and return the rest: the beginning of one that is not complete."""
         start = 0
         while start < len(text) and not self.ended:
             try:
@@ -469,21 +471,21 @@ class Framing:
 
 _decode_json = json.JSONDecoder(strict=False).raw_decode
 _space: Callable[..., re.Match[str]] = re.compile(r"\s*").match  # type: ignore[assignment]
-# WHATWG lets a reader ignore fields it does not know; a line that cannot be one may be text that was garbled.
+# Unknown fields are to be ignored, says WHATWG. A line that cannot be a field may be text that was garbled.
 _unknown_field = re.compile(r"\s*|[\w-]+(:.*)?", re.ASCII | re.DOTALL).fullmatch
 
 
 class Completion:
-    """The values of a reply in, its text out: what chat-completion chunks mean, or a whole completion."""
+    """Turns the values of a reply into text. They are chat completion chunks, or one whole chat completion."""
 
     def __init__(self) -> None:
-        self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, as far as they were sent
-        self.understood = False  # something of a known shape has come
-        self.answered = False  # some text has come
-        self.whole = False  # and nothing more is expected: there was a finish reason, or a completion in one piece
+        self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, if they were sent
+        self.understood = False  # something with a known shape has arrived
+        self.answered = False  # some text has arrived
+        self.whole = False  # the answer is complete: there was a finish reason, or a whole completion
         self._index: Any = None  # of the choice that is the answer
-        # Servers that cut text by UTF-16 units put half of a character at the end of a chunk (such as \ud83d), and the
-        # other half in the next. Alone, neither can be printed or stored.
+        # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk, and
+        # the other begins the next. Neither half can be printed or stored. This decoder waits for the second.
         self._characters = codecs.getincrementaldecoder("utf-16-le")("replace")
 
     def read(self, chunk: Any) -> str:
@@ -517,7 +519,7 @@ class Completion:
         return text
 
     def _choice(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        """The first choice, also of a server that sends several by turns though only one is asked for."""
+        """The first choice. Only one is asked for, but a server may take turns in sending several."""
         choices = chunk.get("choices")
         if not choices:
             return {}
@@ -529,7 +531,7 @@ class Completion:
         return choices[0] if self._index is None else {}
 
     def close(self) -> str:
-        """The text that the end of the reply completes."""
+        """The replacement character, if the reply ended in the middle of a character."""
         return self._characters.decode(b"", final=True)
 
 
@@ -548,7 +550,7 @@ class ToolCallParser:
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
         self.error: AutonomousError | None = None
-        self.finished = False  # the model is making up results: nothing after its calls is part of the answer
+        self.finished = False  # the model goes on to make up results, so the answer ends with its calls
         self._at_start = True  # the whole answer may still turn out to be a bare call
         self._undecided = ""  # a few characters that may be the beginning of a call
         self._calls = io.StringIO()  # everything from the first call on
@@ -592,8 +594,8 @@ class ToolCallParser:
             self.error = self.error or too_large("a tool call")
         recent = self._tail + text
         self._tail = recent[-len(RESULT_TAG) :]
-        # Words behind the JSON, or a made-up result, settle what it is, but either may also stand in a string. To know,
-        # parse everything, but not again until there is twice as much: that keeps the cost linear.
+        # Words after the JSON mean that it was no call, a result that it was one - unless they are inside a string. To
+        # find out, parse everything, but not again until there is twice as much: that keeps the cost linear.
         if self.error or size < 2 * self._parsed or not re.search(BEHIND_CALLS, recent):
             return []
         self._parsed, held = size, self._calls.getvalue()
@@ -606,7 +608,7 @@ class ToolCallParser:
         return []
 
 
-# `re` compiles these at their first use, and keeps them: `llm --help` should not wait for that.
+# Strings, because `re` compiles them when they are first used, and `llm --help` never does.
 RESULT_TAG = "<tool_response>"
 CALL = r"<(?P<tag>tool_call|tools)>\s{0,255}(?=[{\[])"
 CALL_OR_RESULT = rf"{CALL}|{RESULT_TAG}"
@@ -616,7 +618,7 @@ SEPARATOR = r"[\s;,]*"
 BEFORE_BARE = r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?"
 BEHIND_BARE = rf"(?s)\s*(```\s*)?({RESULT_TAG}.*)?"
 JSON_START = r"""\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
-# A bracket, or a string as JSON or Python writes it, which may be cut off. An apostrophe in a word opens no string.
+# A bracket, or a string in JSON's or Python's quotes, even unfinished. An apostrophe within a word is not a quote.
 TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
 
 BARE_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"function":', '{"id":')
@@ -634,40 +636,40 @@ def is_bare_call(text: str, names: Collection[str]) -> bool | None:
 
 
 def squeezed(text: str) -> str:
-    """JSON without what may stand between its first few characters, and with one kind of quotes."""
+    """The beginning of some JSON in a form that can be compared: no white space, no lists, one kind of quotes."""
     return re.sub(r"[\s\[]", "", text).replace("'", '"')
 
 
 def begin_of_tag(text: str) -> int:
-    """Where the tag of a call begins that the end of ``text`` may have cut off; the end itself if there is none."""
+    """Where ``text`` ends with the beginning of a call's tag; its length if it does not."""
     _, bracket, tail = text[-MAX_HELD - len(RESULT_TAG) :].rpartition("<")
     cut = bracket and any(tag.startswith(tail) or tail.rstrip() == tag for tag in ("tool_call>", "tools>"))
     return len(text) - len(bracket + tail) if cut else len(text)
 
 
 def skip(pattern: str, text: str, start: int = 0) -> int:
-    """Where ``pattern`` ends if it is at ``start``, else ``start``."""
+    """The position after what matches ``pattern`` at ``start``; ``start`` itself if nothing does."""
     found = re.compile(pattern).match(text, start)
     return found.end() if found else start
 
 
 def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
-    """The text and the calls of an answer, and whether the model made up results; raises what is wrong with a call."""
+    """The text and calls of an answer, and whether made-up results follow. Raises if a call cannot be read."""
     calls, behind = read_bare_calls(text, names)
     if calls:
         return calls, RESULT_TAG in text[behind:]
     pieces: list[Any] = []
-    start = 0  # of what is not in pieces yet
+    start = 0  # of the text that is not in pieces yet
     while found := re.compile(CALL_OR_RESULT).search(text, max(start, behind)):
         if not found["tag"]:
             if pieces:
                 break
-            behind = found.end()  # the result of no call is text
+            behind = found.end()  # with no call before it, a result is just text
             continue
         try:
             values, end = read_values(text, found.end())
             if found["tag"] == "tools" and any(isinstance(value, dict) and "description" in value for value in values):
-                behind = end  # so are the tools as the model was given them
+                behind = end  # so is the list of tools that the model was given
                 continue
             if not values:
                 raise ValueError("there is none in it")
@@ -682,7 +684,7 @@ def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
 
 
 def read_bare_calls(text: str, names: Collection[str]) -> tuple[list[llm.ToolCall], int]:
-    """The calls that an answer is as a whole, none if it is anything else, and the end of the JSON it begins with."""
+    """The calls, if the answer is nothing but bare calls, and the position after the JSON that it begins with."""
     end = 0
     try:
         values, end = read_values(text, skip(BEFORE_BARE, text))
@@ -694,7 +696,7 @@ def read_bare_calls(text: str, names: Collection[str]) -> tuple[list[llm.ToolCal
 
 
 def read_values(text: str, start: int) -> tuple[list[Any], int]:
-    """The objects that stand at ``start`` one after the other, also in lists, and where the last one ends."""
+    """The objects at ``start``, one after another or in lists, and the position after the last."""
     values: list[Any] = []
     end = start
     while text.startswith(("{", "["), start):
@@ -707,7 +709,7 @@ def read_values(text: str, start: int) -> tuple[list[Any], int]:
 
 
 def read_value(text: str, start: int) -> tuple[Any, int]:
-    """The object or list at ``start``, written as JSON or as Python would, and where it ends."""
+    """The object or list at ``start``, in JSON or in Python's syntax, and the position after it."""
     try:
         return _decode_json(text, start)
     except (ValueError, RecursionError) as error:
@@ -717,7 +719,7 @@ def read_value(text: str, start: int) -> tuple[Any, int]:
         raise ValueError(problem)
     literal = re.sub(TOKEN, lambda token: token[0].replace("\n", "\\n"), text[start:end])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a backslash that escapes nothing
+        warnings.simplefilter("ignore")  # about invalid escapes
         try:
             return json.loads(json.dumps(ast.literal_eval(literal))), end
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -725,7 +727,7 @@ def read_value(text: str, start: int) -> tuple[Any, int]:
 
 
 def closing_bracket(text: str, start: int) -> int | None:
-    """Where the object or list at ``start`` ends, by its brackets alone; None if it does not."""
+    """The position after the object or list at ``start``, going by brackets alone; None if it has no end."""
     depth = 0
     for token in re.compile(TOKEN).finditer(text, start):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
@@ -735,7 +737,7 @@ def closing_bracket(text: str, start: int) -> int | None:
 
 
 def read_call(value: Any) -> llm.ToolCall:
-    """The call that a JSON value is, in any of the shapes that models know; a `ValueError` says why it is none."""
+    """The tool call in a JSON value, in any of the shapes that models use. Raises `ValueError` if there is none."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict):
@@ -756,21 +758,21 @@ def read_call(value: Any) -> llm.ToolCall:
 
 
 def schema_validator(schema: dict[str, Any]) -> Any:
-    """A validator of `jsonschema`; raises what is wrong with the schema itself."""
-    import jsonschema  # takes longer to import than everything else here
+    """What checks answers against ``schema``. Raises if it is not a valid schema."""
+    import jsonschema  # here, since importing it takes longer than importing everything else
     import referencing
 
     try:
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         kind.check_schema(schema)
-    except Exception as error:  # a schema can be wrong in ways that jsonschema did not foresee
+    except Exception as error:  # jsonschema does not foresee every way in which a schema can be wrong
         reason = quoted(getattr(error, "message", str(error)))
         raise AutonomousError(f"the schema is no JSON schema: {reason}; nothing was sent") from None
-    return kind(schema, registry=referencing.Registry())  # an empty one: a $ref to another host is not fetched
+    return kind(schema, registry=referencing.Registry())  # which, unlike the default, never fetches a $ref
 
 
 def matching_json(text: str, validator: Any) -> str:
-    """The largest JSON value in an answer that matches the schema; raises why there is none."""
+    """The largest JSON value in an answer that matches the schema. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
     problem = "there is no JSON in it"
@@ -782,7 +784,7 @@ def matching_json(text: str, validator: Any) -> str:
         if error is None:
             return json_text
         if not problem.startswith("$"):
-            # The sentence begins with the value, which may be long: its end is what says something.
+            # The message begins with the whole value. What matters is at the end.
             problem = quoted(f"{error.json_path}: {error.message[-MAX_EXCERPT // 2 :]}")
     raise AutonomousError(
         f"the answer does not match the schema, {problem}; it begins: {quoted(text)}",
@@ -791,7 +793,7 @@ def matching_json(text: str, validator: Any) -> str:
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
-    """The JSON in an answer, as values and as text: the whole answer, or the objects and lists in it."""
+    """The JSON in an answer, each value with its text: the whole answer, or else the objects and lists in it."""
     text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
     with contextlib.suppress(ValueError, RecursionError):
         yield json.loads(text, strict=False), strict_json(text)
@@ -803,11 +805,11 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             value, end = _decode_json(text, start)
             yield value, strict_json(text[start:end])
         except (ValueError, RecursionError):
-            end = closing_bracket(text, start)  # what stands in something broken is only a part
+            end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
 
 
 def strict_json(text: str) -> str:
-    """JSON as the standard has it, for the likes of ``jq``: no raw line breaks in strings; raises if it has a NaN."""
+    """``text`` as strict JSON, which ``jq`` can read: without raw line breaks in strings. Raises if there is a NaN."""
     value = json.loads(text, strict=False)
     anew = json.dumps(value, allow_nan=False)
     try:
@@ -818,31 +820,32 @@ def strict_json(text: str) -> str:
 
 
 class Reply:
-    """The whole way of one reply: bytes in, pieces of the answer out, and in `error` what is wrong with it.
+    """Turns the bytes of a reply into the pieces of the answer: text and tool calls.
 
-    A piece is text, or a tool call. What came before an error is returned before it. No method raises.
+    Nothing here raises. If something is wrong with the reply, it is left in `error` after everything before it has been
+    returned.
     """
 
     def __init__(self, parser: ToolCallParser | None = None, validator: Any = None) -> None:
         self.framing = Framing()
         self.completion = Completion()
-        self.parser = parser  # if there are tools
-        self.validator = validator  # if there is a schema
-        self.written = io.StringIO()  # what the model wrote, if it may have to be put right
+        self.parser = parser  # only if there are tools
+        self.validator = validator  # only if there is a schema
+        self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected
         self.error: AutonomousError | None = None
 
     @property
     def ended(self) -> bool:
-        """Nothing that could still come is part of the answer."""
+        """Whether anything that still arrives is certain not to be part of the answer."""
         return self.framing.ended or (self.parser is not None and self.parser.finished)
 
     @property
     def whole(self) -> bool:
-        """All of the answer has come: what happens to the connection from here on does not matter."""
+        """Whether the answer is complete, so that losing the connection does no harm."""
         return self.completion.whole or self.ended
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
-        """The pieces that ``data``, the next bytes of the reply, or its end completes."""
+        """The pieces completed by ``data``, the next bytes of the reply, or by its ``end``."""
         texts: list[str] = []
         framing, completion = self.framing, self.completion
         if self.error is None:
@@ -859,7 +862,7 @@ class Reply:
         return self._read(texts) if texts and (self.parser or self.validator) else texts
 
     def close(self) -> list[Any]:
-        """The pieces that the end of the reply completes."""
+        """The pieces completed by the end of the reply."""
         pieces = self.feed(b"", end=True)
         framing, completion = self.framing, self.completion
         if self.error is None and framing.cut_off and not self.whole:
@@ -871,11 +874,11 @@ class Reply:
         return pieces
 
     def finish(self) -> list[Any]:
-        """The pieces that were held until it was known that the reply ended well."""
+        """The pieces that were held back until the reply was known to have ended well."""
         return self._read([], end=True) if self.parser or self.validator else []
 
     def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
-        """Look for tool calls, and hold an answer to a schema, half of which would help nobody, until its end."""
+        """Find the tool calls. Hold the answer to a schema until it is complete, since half of it is of no use."""
         self.written.writelines(pieces)
         if self.parser:
             pieces = self.parser.feed(pieces, end)
@@ -886,7 +889,7 @@ class Reply:
             self.error = self.error or too_large("an answer to a schema")
         calls = [piece for piece in pieces if not isinstance(piece, str)]
         if self.error or calls or not end:
-            return calls  # an answer that calls tools is not the last one: its text is dropped
+            return calls  # if there are any, the answer comes in a later round, and this text is not part of it
         try:
             return [matching_json(self.written.getvalue(), self.validator)]
         except AutonomousError as error:
@@ -895,17 +898,17 @@ class Reply:
 
 
 def mended(text: str) -> str:
-    """Text whose halves of characters are joined, or replaced where the other half is missing."""
+    """``text`` with surrogate pairs joined, and lone surrogates replaced."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def as_json(value: Any) -> str:
-    """A JSON value as text, without what is nested so deep that Python could not write it again."""
+    """A JSON value as text, but without what is nested too deeply for Python to write it."""
     return json.dumps(shallow(value, 20), ensure_ascii=False)
 
 
 def shallow(value: Any, depth: int = 3) -> Any:
-    """A JSON value without what is nested deeper than anything here should be."""
+    """A JSON value cut off at ``depth``."""
     if isinstance(value, (dict, list)) and depth == 0:
         return None
     if isinstance(value, dict):
@@ -917,19 +920,20 @@ def shallow(value: Any, depth: int = 3) -> Any:
 
 
 class AutonomousError(llm.ModelError, click.ClickException):
-    """A prompt that failed, in one line: who said it, what happened, what to do next.
+    """One line on why a prompt failed: who says so, what happened, and what to do about it.
 
-    As a `llm.ModelError` and a `click.ClickException` it is shown as that one line by `llm` and `llm chat`.
+    `llm` and `llm chat` show that line and nothing else, because this is both a `llm.ModelError` and a
+    `click.ClickException`.
     """
 
     def __init__(
         self,
         message: str,
         *,
-        retryable: bool = False,  # another attempt could succeed
-        retry_after: float | None = None,  # seconds that the server asks to wait before it
-        outage: bool = False,  # what is met when the service is down
-        correction: str | None = None,  # what to tell the model, which can do better
+        retryable: bool = False,  # another attempt may succeed
+        retry_after: float | None = None,  # seconds to wait before it, if the server says so
+        outage: bool = False,  # typical of a service that is down
+        correction: str | None = None,  # what to tell the model, if it was the model's mistake
     ) -> None:
         super().__init__(message)
         self.retryable = retryable
@@ -938,7 +942,7 @@ class AutonomousError(llm.ModelError, click.ClickException):
         self.correction = correction
 
     def located(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
-        """The same error as the user is to see it: with the host it came from and the attempts made."""
+        """The error as the user sees it, with the host and the number of attempts."""
         message = f"{url.netloc.decode()}: {self.message}"
         if attempts > 1:
             message += f" ({attempts} attempts)"
@@ -949,7 +953,7 @@ class AutonomousError(llm.ModelError, click.ClickException):
 
 
 def quoted(words: str) -> str:
-    """A server's words made fit for an error: one line of at most `MAX_EXCERPT` characters, all printable."""
+    """A server's words in a form that is fit for an error: one printable line of at most `MAX_EXCERPT` characters."""
     printable = "".join(char if char.isprintable() else " " for char in words[: 4 * MAX_EXCERPT])
     line = " ".join(printable.split())
     return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
@@ -979,7 +983,7 @@ def empty(finish_reason: object) -> AutonomousError:
 def web_page(page: str, status: str = "") -> AutonomousError:
     import html
 
-    # The bounds keep a page of nothing but "<title" from costing its length squared.
+    # Without the limits, a page that repeats "<title" would take quadratic time.
     found = re.search(r"<title[^>]{0,99}>([^<]{1,999})", page[:MAX_PAGE_BYTES], re.IGNORECASE)
     title = quoted(html.unescape(found[1])) if found else ""
     answer = f"answered with a web page titled: {title}" if title else "answered with a web page without a title"
@@ -987,7 +991,7 @@ def web_page(page: str, status: str = "") -> AutonomousError:
 
 
 def error_words(body: object) -> str:
-    """The message out of an error body, in any of the forms of PROTOCOL.md, or in several that say different things."""
+    """The message in an error body of any of the forms in PROTOCOL.md, or several, if they say different things."""
     found: list[str] = []
     for value in map(body.get, ("error", "message", "detail")) if isinstance(body, dict) else ():
         words = (value.get("message") or value) if isinstance(value, dict) else value
@@ -1001,7 +1005,7 @@ def error_words(body: object) -> str:
 
 
 def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
-    """The error for a reply whose status is not 2xx, of which ``body`` has been read."""
+    """The error for a reply with a status other than 2xx. ``body`` is as much as could be read."""
     status = quoted(f"HTTP {reply.status_code} {reply.reason_phrase}")
     if 300 <= reply.status_code < 400:
         target = quoted(reply.headers.get("location", "")) or "nowhere"
@@ -1014,7 +1018,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
     if page:
         message = web_page(words, status).message
     else:
-        with contextlib.suppress(ValueError, RecursionError):  # plain text speaks for itself
+        with contextlib.suppress(ValueError, RecursionError):  # then it is plain text
             words = error_words(json.loads(words))
         message = f"{status}: {quoted(words)}" if words else status
     retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
@@ -1029,7 +1033,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
 
 
 def parse_retry_after(value: str) -> float | None:
-    """Seconds to wait, from a ``Retry-After`` header of seconds or a date (RFC 9110, section 10.2.3)."""
+    """Seconds to wait, by a ``Retry-After`` header, which has seconds or a date (RFC 9110, section 10.2.3)."""
     if re.fullmatch(r"[0-9]+", value):
         return float(value[:15])
     try:
@@ -1040,14 +1044,14 @@ def parse_retry_after(value: str) -> float | None:
 
 
 def transport_error(error: Exception, answered: bool, timeout: float) -> AutonomousError:
-    """The error for an exception of the HTTP client, or of what it stands on."""
+    """The error for an exception from httpx or the libraries below it."""
     import httpx
 
     if isinstance(error, AutonomousError):
         return error
     reason, certificate = root_reason(error)
     silent = isinstance(error, httpx.TimeoutException)
-    # The words of httpcore and h11 for a dropped connection; their others are for malformed replies.
+    # With any other words, httpcore and h11 mean a malformed reply.
     dropped = isinstance(error, httpx.NetworkError) or (
         isinstance(error, httpx.RemoteProtocolError)
         and str(error).startswith(("Server disconnected", "peer closed connection"))
@@ -1068,7 +1072,7 @@ def transport_error(error: Exception, answered: bool, timeout: float) -> Autonom
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
     if isinstance(error, httpx.ProxyError):
-        refusal = re.match(r"[0-9]{3}\b", reason)  # a status, from an HTTP proxy
+        refusal = re.match(r"[0-9]{3}\b", reason)  # the status that an HTTP proxy answered with
         retryable = refusal is None or int(refusal[0]) in RETRY_STATUSES
         return AutonomousError(f"the proxy does not connect: {reason}", retryable=retryable)
     if dropped:
@@ -1079,10 +1083,10 @@ def transport_error(error: Exception, answered: bool, timeout: float) -> Autonom
 
 
 def root_reason(error: BaseException) -> tuple[str, bool]:
-    """The words of the operating system or of OpenSSL behind ``error``, and whether a certificate is at fault.
+    """What the operating system or OpenSSL said went wrong, and whether the certificate is to blame.
 
-    httpcore puts an exception in the first argument of its own; anyio tries every address of a host, and wraps
-    what it meets: only the root says "Connection refused".
+    Only the innermost exception says "Connection refused". httpcore passes it on as the first argument of its own
+    exception, and anyio wraps it once more, as it tries all addresses of a host.
     """
     reason, certificate = str(error), False
     cause: object = error
@@ -1090,7 +1094,7 @@ def root_reason(error: BaseException) -> tuple[str, bool]:
         if verify_message := getattr(cause, "verify_message", ""):
             reason, certificate = verify_message, True
         elif isinstance(cause, OSError) and cause.strerror:
-            # asyncio has words of its own for the numbers of the operating system; socket and ssl have the best.
+            # asyncio replaces the operating system's words with its own. Those of socket and ssl are better.
             plain = type(cause).__module__ == "builtins"
             reason = os.strerror(cause.errno) if plain and cause.errno else cause.strerror
         group = getattr(cause, "exceptions", cause.args)
@@ -1098,11 +1102,11 @@ def root_reason(error: BaseException) -> tuple[str, bool]:
     return quoted(reason) or type(error).__name__, certificate
 
 
-# What is tried again
+# Retries: one prompt, and the attempts to get it answered
 
 
 def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | None:
-    """Seconds to wait after ``attempt`` of ``attempts`` before the next one; None where there is to be none."""
+    """Seconds to wait before trying again after ``attempt`` of ``attempts``; None to give up."""
     if not error.retryable or attempt >= attempts:
         return None
     if error.retry_after is not None:
@@ -1111,7 +1115,7 @@ def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | N
 
 
 class Exchange:
-    """One prompt on its way: what is asked, and what is made of the answer. No I/O."""
+    """One prompt: what to send, when to try again, and what to tell `llm` in the end. No I/O."""
 
     def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any, conversation: Any) -> None:
         service, options = model.service, cast(AutonomousOptions, prompt.options)
@@ -1125,17 +1129,17 @@ class Exchange:
             raise AutonomousError("the prompt is empty: nothing was sent")
         url = endpoint_url(service.endpoint)
         self.auth = (url.username, url.password) if url.userinfo else None
-        self.url = url.copy_with(userinfo=b"")  # httpx logs it: without user name and password
+        self.url = url.copy_with(userinfo=b"")  # httpx logs it, so it must not have the password
         self.messages, self.stream = messages, stream
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
         self.model = model
-        # Only a weak reference: an async response keeps the generator that keeps this, and such a circle would leave
-        # the connection of a reader that stops early to the garbage collector.
+        # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
+        # would keep the connection open until the garbage collector runs.
         self.response: Any = weakref.proxy(response)
 
     def attempts(self) -> Iterator[Attempt]:
-        """The attempts one by one, each decided by what came of the one before. Raises the error of the last."""
+        """One attempt after another, for as long as trying again may help. Raises the error of the last."""
         attempt, limit = self.model.attempt_type(self), self.model.attempts
         while True:
             yield attempt
@@ -1155,7 +1159,7 @@ class Exchange:
                 raise located from attempt.failure
 
     def body(self, corrected: Attempt | None) -> bytes:
-        """What to send: the prompt and, to have an answer corrected, that answer and what is wrong with it."""
+        """The request body: the prompt and, if an answer is to be corrected, that answer and what was wrong with it."""
         messages = self.messages
         if corrected and corrected.reply.error:
             answer, correction = corrected.reply.written.getvalue(), corrected.reply.error.correction
@@ -1163,17 +1167,17 @@ class Exchange:
         return build_body(self.model.service, messages, self.stream)
 
     def reply(self) -> Reply:
-        """What reads the reply to one attempt."""
+        """A reader for the reply to one attempt."""
         return Reply(ToolCallParser({tool.name for tool in self.tools}) if self.tools else None, self.validator)
 
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
-        """Tell `llm` of a tool call: to make it, and in the events that keep text and calls in order."""
+        """Tell `llm` to call a tool; the events keep the call in its place among the text."""
         self.response.add_tool_call(call)
         told = (("tool_call_name", call.name), ("tool_call_args", json.dumps(call.arguments)))
         return [StreamEvent(type=kind, chunk=chunk, tool_call_id=call.tool_call_id) for kind, chunk in told]
 
     def _report(self, attempt: Attempt) -> None:
-        """Tell `llm` what came beside the text, and the user if the answer may be cut short."""
+        """Pass on the metadata to `llm`, and warn the user if the answer may be cut short."""
         reply, envelope = attempt.reply, attempt.reply.completion.envelope
         self.response.response_json = {**envelope}
         if isinstance(model := envelope.get("model"), str):
@@ -1193,9 +1197,9 @@ class Exchange:
 
 
 def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
-    """The schema of a prompt, or where it gives the results of calls, of the prompt that the calls answered.
+    """The schema of a prompt. If it answers tool calls, that is the schema of the prompt that led to them.
 
-    `llm` does not carry it through a chain. It is set in the prompt as well, for the log.
+    `llm` does not pass the schema on from one round of a chain to the next.
     """
     schema = prompt.schema
     answered = {result.tool_call_id for result in prompt.tool_results}
@@ -1207,16 +1211,16 @@ def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
 
 
 def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
-    # What is not a number that SQLite can hold would break the log of a good answer.
+    # A number that SQLite cannot store would make `llm` fail to log a good answer.
     counts = [usage[key] for usage in usages if isinstance(usage.get(key), int) and 0 <= usage[key] < 2**62]
     return sum(counts) if counts else None
 
 
 class Attempt:
-    """One try at a `Exchange`: its request, and its reply as far as it has come. No I/O; the next has one of its own.
+    """One try: the request, and the reply as far as it has arrived. No I/O.
 
-    A loop gives it the head of the reply (`open`), the bytes (`feed`) until it is `over`, what cut the reply off if
-    anything did (`failure`), and its end (`close`).
+    `execute` passes in the status and headers (`open`), then the bytes (`feed`) until it is `over`, then any exception
+    that got in the way (`failure`), and finally the end (`close`).
     """
 
     def __init__(
@@ -1226,25 +1230,25 @@ class Attempt:
 
         self.exchange = exchange
         self.number = number  # from 1
-        self.wait = wait  # seconds before it
-        self.corrected = corrected  # the attempt whose answer is put to the model, to do better
+        self.wait = wait  # seconds to wait before sending it
+        self.corrected = corrected  # the attempt whose answer the model is asked to correct
         limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict()}
         self.request = httpx.Request(
             "POST", exchange.url, headers=build_headers(), content=exchange.body(corrected), extensions=extensions
         )
         self.reply = exchange.reply()
-        self.yielded = False  # some of the answer has gone out
+        self.yielded = False  # the user has seen some of the answer
         self.failure: Exception | None = None
-        self.refusal: httpx.Response | None = None  # the head of a reply whose status is not 2xx
+        self.refusal: httpx.Response | None = None  # the reply, if its status is not 2xx
         self.refusal_body = b""
-        self.coding = ""  # what the reply is compressed with
+        self.coding = ""  # how the reply is compressed
         self.patience = exchange.timeout  # seconds to wait for the next bytes
-        self.deadline = 0.0  # by time.monotonic(), for what a shorter patience waits for
-        self.over = False  # nothing is left that is worth reading
+        self.deadline = 0.0  # when to stop reading, by time.monotonic(), once nothing important is left
+        self.over = False  # reading on is pointless
 
     def open(self, head: httpx.Response) -> None:
-        """Take the head of the reply."""
+        """Take the status and headers of the reply."""
         if not head.is_success:
             self.refusal = head
             self._hurry(ERROR_BODY_TIMEOUT)
@@ -1252,11 +1256,11 @@ class Attempt:
         codings = [found[0].removeprefix("x-") for found in re.finditer(CODINGS, named.lower())]
         if codings in ([], ["gzip"], ["deflate"]):
             self.coding = "".join(codings)
-        else:  # not asked for; and encodings on top of each other unpack to more than memory holds
+        else:  # we did not ask for it, and one compression inside another can expand to terabytes
             self.reply.error = AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
 
     def feed(self, data: bytes) -> list[Any]:
-        """Take the next bytes of the reply; return the pieces of the answer in them."""
+        """Take the next bytes of the reply, and return the pieces of the answer that they complete."""
         if self.refusal:
             self.refusal_body += data[: MAX_PAGE_BYTES - len(self.refusal_body)]
             self.over = len(self.refusal_body) == MAX_PAGE_BYTES
@@ -1267,12 +1271,12 @@ class Attempt:
         if reply.error:
             self.over = True
         elif reply.whole:
-            # The reply is read to its end, which saves the connection for the next prompt, and may bring the usage.
-            # But its end comes soon, or is not worth waiting for.
+            # Reading on to the end keeps the connection alive for the next prompt, and may bring the usage. It is not
+            # worth waiting long for.
             self._hurry(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
         else:
             self.patience, self.deadline = self.exchange.timeout, 0.0
-        # Calls come at the end. The text of one network read is one piece for `llm` to keep.
+        # These are all text, as calls come out in `close`. Joined, they are less work for `llm`.
         return self._out(["".join(pieces)] if len(pieces) > 1 else pieces)
 
     def _hurry(self, seconds: float, renew: bool = False) -> None:
@@ -1282,7 +1286,7 @@ class Attempt:
         self.over = self.over or time.monotonic() > self.deadline
 
     def close(self) -> list[Any]:
-        """Take the end of the reply; return the pieces of the answer that it completes."""
+        """Take the end of the reply, and return the pieces of the answer that it completes."""
         reply, known = self.reply, self.reply.error
         pieces = [] if self.refusal else reply.close()
         if self.refusal:
@@ -1294,7 +1298,7 @@ class Attempt:
         return self._out(pieces)
 
     def _out(self, pieces: list[Any]) -> list[Any]:
-        """The pieces as `llm` takes them."""
+        """The pieces in the form that `llm` expects from `execute`."""
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded:
@@ -1303,38 +1307,38 @@ class Attempt:
         return [*itertools.chain.from_iterable(told)]
 
 
-# The connections: kept between prompts, since a client costs 30 ms to make, and a connection a TLS handshake
+# Connections: kept from prompt to prompt, because a client takes 30 ms to make, and a connection a TLS handshake
 
 AnyClient = TypeVar("AnyClient", "httpx.Client", "httpx.AsyncClient")
 ClientKey = tuple[Any, ...]
 
-_locks: dict[int, threading.Lock] = {}  # by process: a lock that is held at a fork is never released in the child
+_locks: dict[int, threading.Lock] = {}  # by process: if a lock is held during a fork, the child never gets it
 _ssl_contexts: dict[ClientKey, ssl.SSLContext] = {}
 _clients: dict[ClientKey, httpx.Client] = {}
 _pools: list[Pool] = []  # of all event loops
 
 
 def client_key(proxy: str | None) -> ClientKey:
-    """What a client is good for: its process, since a connection belongs to one, its proxy and its settings."""
+    """Everything that decides which client can send a prompt: the process, the proxy and the environment."""
     return (os.getpid(), proxy, *map(os.environ.get, (*PROXY_VARIABLES, *CERTIFICATE_VARIABLES)))
 
 
 def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
-    """A client of httpx for a `client_key`. Certificates are always verified, and loaded once for all clients.
+    """An httpx client. Certificates are loaded once for all clients, and always verified.
 
-    httpx takes the environment's proxies by itself, as long as it is given no transport.
+    httpx reads the proxy settings from the environment itself, but only if it is not given a transport.
     """
     import httpx
 
     proxy, certificates = key[1], key[-len(CERTIFICATE_VARIABLES) :]
-    logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # it writes a proxy's password into its debug log
+    logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # at DEBUG it logs the proxy's password
     try:
         context = _ssl_contexts.get(certificates)
         if context is None:
             context = _ssl_contexts[certificates] = httpx.create_ssl_context()
         return kind(
             verify=context,
-            # Either way the proxy resolves the names, but httpx knows the word socks5h only since 0.28.
+            # To httpx the two are the same, but before 0.28 it rejects socks5h.
             proxy=proxy.replace("socks5h://", "socks5://", 1) if proxy else None,
             limits=httpx.Limits(max_keepalive_connections=POOL_SIZE, keepalive_expiry=KEEPALIVE),
         )
@@ -1346,7 +1350,7 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
         message = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
         raise AutonomousError(message) from None
     except (ValueError, httpx.InvalidURL):
-        # Not in the words of httpx, nor with its exception in the traceback: they may repeat a password.
+        # Neither quote httpx nor chain its exception: both may contain a password.
         values = {name: os.environ.get(name, "") for name in PROXY_VARIABLES[:-2]}
         at_fault = [
             name for name, url in values.items() if url and not is_proxy_url(url if "://" in url else f"http://{url}")
@@ -1358,7 +1362,7 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
 
 
 def sync_client(proxy: str | None) -> httpx.Client:
-    """The client of this process for ``proxy``, made at its first prompt."""
+    """This process's client for ``proxy``, made when it is first needed."""
     import httpx
 
     key = client_key(proxy)
@@ -1370,12 +1374,12 @@ def sync_client(proxy: str | None) -> httpx.Client:
 
 
 def _close_client(pid: int, client: httpx.Client) -> None:
-    if pid == os.getpid():  # the connections of a parent process are not a child's to close
+    if pid == os.getpid():  # a child process must not close its parent's connections
         client.close()
 
 
 class Pool:
-    """An async client, which is one connection pool, and how many prompts are using it: ``async with`` counts them."""
+    """An async client, which is one connection pool, and a count of the prompts using it (``async with``)."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, key: ClientKey) -> None:
         import httpx
@@ -1388,13 +1392,14 @@ class Pool:
         self.life = self._live()
 
     async def _live(self) -> AsyncGenerator[None, None]:
-        # An event loop that ends closes the async generators that were started in it. That is how a pool is closed.
+        # When an event loop shuts down, it closes every async generator that was started in it. There is no other way
+        # to learn of it in time to close the client.
         _pools.append(self)
         try:
             yield
         finally:
             _pools.remove(self)
-            if self.key[0] == os.getpid():  # a parent process closes its own
+            if self.key[0] == os.getpid():  # a child process must not close its parent's connections
                 await self.client.aclose()
 
     async def __aenter__(self) -> httpx.AsyncClient:
@@ -1409,14 +1414,14 @@ class Pool:
 async def take_pool(proxy: str | None) -> Pool:
     """A pool of the running event loop with room for another prompt.
 
-    There are several because httpcore looks at every connection of its pool for each request, and for each idle one at
-    all the others: with a thousand, it would do nothing else.
+    One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
+    the others.
     """
     import asyncio
 
     loop, key = asyncio.get_running_loop(), client_key(proxy)
     for pool in [*_pools]:
-        if pool.loop.is_closed():  # without closing its async generators
+        if pool.loop.is_closed():  # without having shut down
             _pools.remove(pool)
     pools = [pool for pool in _pools if (pool.loop, pool.key) == (loop, key)]
     for pool in pools[1:]:
@@ -1453,7 +1458,7 @@ def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
 
 
 class AsyncBody:
-    """The same for async, where any wait can be given a limit. Not a generator: see `AsyncAutonomous.execute`."""
+    """The same for async, where there is a way to limit any wait. No generator: see `AsyncAutonomous.execute`."""
 
     def __init__(self, head: httpx.Response, attempt: Attempt) -> None:
         self.pieces = aiter(cast("httpx.AsyncByteStream", head.stream))
@@ -1471,14 +1476,14 @@ class AsyncBody:
 
 
 def unpack(coding: str, body: Any) -> httpx.Response:
-    """A body that is still compressed, as a reply of its own, whose `iter_bytes` or `aiter_bytes` unpacks it."""
+    """A response whose `iter_bytes` or `aiter_bytes` decompresses ``body``."""
     import httpx
 
     return httpx.Response(200, headers={"content-encoding": coding}, content=body)
 
 
 class _Shared:
-    """What the sync and the async model have in common: all but the loop."""
+    """Everything that the sync and the async model have in common."""
 
     can_stream = True
     supports_tools = True
@@ -1512,7 +1517,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                         yield from attempt.feed(data)
                         if attempt.over:
                             break
-            except Exception as failure:  # whatever it is, the user gets one line; a traceback has the cause
+            except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
                 attempt.failure = failure
             yield from attempt.close()
 
@@ -1530,9 +1535,9 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         import asyncio
 
         exchange = Exchange(self, prompt, stream, response, conversation)
-        del response, conversation  # as Exchange keeps neither
-        # An event loop that ends closes all its async generators, in no order. There is no other here than this
-        # one and those of httpx that it reads: two that close each other would be reported as errors.
+        del response, conversation  # see the weak reference in Exchange
+        # When an event loop shuts down, it closes all async generators at once, and reports an error if two of them try
+        # to close each other. So this has to be the only one, apart from those of httpx.
         async with await take_pool(exchange.proxy) as client:
             for attempt in exchange.attempts():
                 if attempt.wait is not None:
@@ -1611,7 +1616,7 @@ def check(
 
 
 class ShownAttempt(Attempt):
-    """An attempt that shows on standard error what it sends and what comes, byte for byte, but no password."""
+    """An attempt that shows on standard error everything that is sent and received, except passwords."""
 
     def __init__(self, exchange: Exchange, *made_by: Any) -> None:
         super().__init__(exchange, *made_by)
@@ -1649,7 +1654,7 @@ class ShownAttempt(Attempt):
 async def _check(
     services: list[ServiceModel], timeout: float, options: dict[str, Any], show: bool, raw: bool
 ) -> list[dict[str, Any]]:
-    """Ask all the models, at once unless it is ``raw``, show a row for each as it comes, and return the rows."""
+    """Ask all models at once, or one by one if ``raw``. Show each row as soon as it is known, and return them all."""
     import asyncio
 
     urls = {service: endpoint_url(service.endpoint) for service in services}
