@@ -21,7 +21,6 @@ import email.utils
 import functools
 import importlib.metadata
 import io
-import itertools
 import json
 import logging
 import os
@@ -431,7 +430,8 @@ class Framing:
             if rest := self._read_values(line.lstrip(), values):
                 self._document = True
                 self._hold(rest)
-        elif _unknown_field(line):
+        elif re.fullmatch(r"(?as)\s*|[\w-]+(:.*)?", line):
+            # Unknown fields are to be ignored, says WHATWG. A line that cannot be a field may be text that was garbled.
             self.stray = self.stray or line
         else:
             raise not_understood(line)
@@ -465,14 +465,17 @@ class Framing:
                 self.ended = True
             else:
                 values.append(value)
-                start = end if end == len(text) else _space(text, end).end()
+                start = end if end == len(text) else skip(r"\s*", text, end)
         return ""
 
 
 _decode_json = json.JSONDecoder(strict=False).raw_decode
-_space: Callable[..., re.Match[str]] = re.compile(r"\s*").match  # type: ignore[assignment]
-# Unknown fields are to be ignored, says WHATWG. A line that cannot be a field may be text that was garbled.
-_unknown_field = re.compile(r"\s*|[\w-]+(:.*)?", re.ASCII | re.DOTALL).fullmatch
+
+
+def skip(pattern: str, text: str, start: int = 0) -> int:
+    """The position after what matches ``pattern`` at ``start``; ``start`` itself if nothing does."""
+    found = re.compile(pattern).match(text, start)
+    return found.end() if found else start
 
 
 class Completion:
@@ -645,12 +648,6 @@ def begin_of_tag(text: str) -> int:
     _, bracket, tail = text[-MAX_HELD - len(RESULT_TAG) :].rpartition("<")
     cut = bracket and any(tag.startswith(tail) or tail.rstrip() == tag for tag in ("tool_call>", "tools>"))
     return len(text) - len(bracket + tail) if cut else len(text)
-
-
-def skip(pattern: str, text: str, start: int = 0) -> int:
-    """The position after what matches ``pattern`` at ``start``; ``start`` itself if nothing does."""
-    found = re.compile(pattern).match(text, start)
-    return found.end() if found else start
 
 
 def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
@@ -1166,10 +1163,6 @@ class Exchange:
             messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": correction}]
         return build_body(self.model.service, messages, self.stream)
 
-    def reply(self) -> Reply:
-        """A reader for the reply to one attempt."""
-        return Reply(ToolCallParser({tool.name for tool in self.tools}) if self.tools else None, self.validator)
-
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
         """Tell `llm` to call a tool; the events keep the call in its place among the text."""
         self.response.add_tool_call(call)
@@ -1237,7 +1230,8 @@ class Attempt:
         self.request = httpx.Request(
             "POST", exchange.url, headers=build_headers(), content=exchange.body(corrected), extensions=extensions
         )
-        self.reply = exchange.reply()
+        tools = exchange.tools
+        self.reply = Reply(ToolCallParser({tool.name for tool in tools}) if tools else None, exchange.validator)
         self.yielded = False  # the user has seen some of the answer
         self.failure: Exception | None = None
         self.refusal: httpx.Response | None = None  # the reply, if its status is not 2xx
@@ -1297,14 +1291,16 @@ class Attempt:
             pieces += reply.finish()
         return self._out(pieces)
 
-    def _out(self, pieces: list[Any]) -> list[Any]:
+    def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded:
                 pieces.insert(0, "\n")
-        told = ([piece] if isinstance(piece, str) else self.exchange.report_call(piece) for piece in pieces)
-        return [*itertools.chain.from_iterable(told)]
+        out: list[str | StreamEvent] = []
+        for piece in pieces:
+            out += [piece] if isinstance(piece, str) else self.exchange.report_call(piece)
+        return out
 
 
 # Connections: kept from prompt to prompt, because a client takes 30 ms to make, and a connection a TLS handshake
