@@ -538,6 +538,9 @@ class Completion:
         return self._characters.decode(b"", final=True)
 
 
+# Tool calls and JSON in what the model wrote
+
+
 class ToolCallParser:
     """Splits the text of an answer into text and tool calls. Used only when the model was given tools.
 
@@ -814,6 +817,9 @@ def strict_json(text: str) -> str:
     except ValueError:
         return anew
     return text
+
+
+# The whole way from bytes to the pieces of an answer
 
 
 class Reply:
@@ -1311,7 +1317,7 @@ ClientKey = tuple[Any, ...]
 _locks: dict[int, threading.Lock] = {}  # by process: if a lock is held during a fork, the child never gets it
 _ssl_contexts: dict[ClientKey, ssl.SSLContext] = {}
 _clients: dict[ClientKey, httpx.Client] = {}
-_pools: list[Pool] = []  # of all event loops
+_pools: dict[Pool, None] = {}  # an ordered set, of the pools of all event loops
 
 
 def client_key(proxy: str | None) -> ClientKey:
@@ -1390,11 +1396,11 @@ class Pool:
     async def _live(self) -> AsyncGenerator[None, None]:
         # When an event loop shuts down, it closes every async generator that was started in it. There is no other way
         # to learn of it in time to close the client.
-        _pools.append(self)
+        _pools[self] = None
         try:
             yield
         finally:
-            _pools.remove(self)
+            _pools.pop(self, None)
             if self.key[0] == os.getpid():  # a child process must not close its parent's connections
                 await self.client.aclose()
 
@@ -1418,8 +1424,8 @@ async def take_pool(proxy: str | None) -> Pool:
     loop, key = asyncio.get_running_loop(), client_key(proxy)
     for pool in [*_pools]:
         if pool.loop.is_closed():  # without having shut down
-            _pools.remove(pool)
-    pools = [pool for pool in _pools if (pool.loop, pool.key) == (loop, key)]
+            _pools.pop(pool, None)
+    pools = [pool for pool in [*_pools] if (pool.loop, pool.key) == (loop, key)]
     for pool in pools[1:]:
         if not pool.in_flight and pool.idle_since < time.monotonic() - KEEPALIVE and pool in _pools:
             await pool.life.aclose()
