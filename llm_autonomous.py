@@ -864,21 +864,21 @@ class Reply:
                 self.error = error
         return self._read(texts) if texts and (self.parser or self.validator) else texts
 
-    def close(self) -> list[Any]:
-        """The pieces completed by the end of the reply."""
-        pieces = self.feed(b"", end=True)
+    def close(self, failure: Exception | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Any]:
+        """The pieces completed by the end of the reply, whether it came as it should or by a ``failure``."""
+        known, pieces = self.error, self.feed(b"", end=True)
         framing, completion = self.framing, self.completion
-        if self.error is None and framing.cut_off and not self.whole:
+        if failure and not (known or self.whole or framing.page):
+            self.error = transport_error(failure, completion.answered, timeout)
+        elif self.error is None and framing.cut_off and not self.whole:
             cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
             self.error = cut_off if completion.answered else not_understood(framing.cut_off)
         elif self.error is None and not completion.answered:
             lost = "" if completion.understood or framing.ended else framing.stray
             self.error = not_understood(lost) if lost else empty(completion.envelope.get("finish_reason"))
+        elif self.error is None and (self.parser or self.validator):
+            pieces += self._read([], end=True)
         return pieces
-
-    def finish(self) -> list[Any]:
-        """The pieces that were held back until the reply was known to have ended well."""
-        return self._read([], end=True) if self.parser or self.validator else []
 
     def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
         """Find the tool calls. Hold the answer to a schema until it is complete, since half of it is of no use."""
@@ -1285,17 +1285,12 @@ class Attempt:
             self.patience, self.deadline = seconds, time.monotonic() + seconds
         self.over = self.over or time.monotonic() > self.deadline
 
-    def close(self) -> list[Any]:
+    def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
-        reply, known = self.reply, self.reply.error
-        pieces = [] if self.refusal else reply.close()
         if self.refusal:
-            reply.error = status_error(self.refusal, b"" if known else self.refusal_body)
-        elif self.failure and not (known or reply.whole or reply.framing.page):
-            reply.error = transport_error(self.failure, reply.completion.answered, self.exchange.timeout)
-        elif not reply.error:
-            pieces += reply.finish()
-        return self._out(pieces)
+            self.reply.error = status_error(self.refusal, b"" if self.reply.error else self.refusal_body)
+            return []
+        return self._out(self.reply.close(self.failure, self.exchange.timeout))
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
