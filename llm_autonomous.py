@@ -32,6 +32,7 @@ import time
 import uuid
 import warnings
 import weakref
+import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
@@ -76,18 +77,19 @@ JITTER = 0.25  # as a fraction of the wait
 MAX_RETRY_AFTER = 10.0  # seconds; if the server asks for more, the prompt fails at once
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-# Any other finish reason means that the answer may be cut short.
-USUAL_FINISH_REASONS = (
-    "stop(ped|_token|_sequence)?|eos(_token)?|eot|end(_turn|_of_turn)?|completed?|done|finish(ed)?|success"
-    "|tool_calls?|tool_use|function_call"
+# A finish reason with none of these words means that the answer may be cut short.
+USUAL_FINISH_REASON = (
+    r"(?i)(?<![a-z])(stop(ped)?|eo[st]|end|completed?|done|finish(ed)?$|success|normal|tool|function)(?![a-z])"
 )
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
+THINKING_TAGS = ("<think>", "<scratch_pad>")
 # The content codings that IANA has registered. Servers also send words that are none, such as utf-8.
 CODINGS = r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page whose title is wanted
-MAX_HELD = 256  # characters to hold back while it is unclear whether they begin a tool call
+MAX_HELD = 256  # characters to hold while it is unclear whether they begin a tool call or reasoning
+MAX_CHOICES = 8  # chunks to hold while it is unclear whether their index counts them or names a choice
 MAX_LITERAL = 64 * 1024  # characters of a tool call written in Python's syntax
 MAX_EXCERPT = 300  # characters of the server's own words in an error
 
@@ -347,7 +349,7 @@ class Framing:
 
     Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
     as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
-    value spread over many lines.
+    value spread over many lines. The data of an event named ``error`` comes out as ``{"error": data}``.
 
     `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
     still returned. The result does not depend on how the bytes were cut, the cost is O(n), and at most
@@ -365,6 +367,7 @@ class Framing:
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
         self._document = False  # the rest of the reply is one thing: a web page, or JSON spread over lines
+        self._failed = False  # the event is named error, and its data has not come yet
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The values completed by ``data``, the next bytes of the reply, or by its ``end``."""
@@ -398,7 +401,7 @@ class Framing:
                 self._read_line(line.decode("utf-8", "replace"), values)
                 if self.ended:
                     return
-            elif self._held and not self._document:
+            elif (self._held or self._failed) and not self._document:
                 self._read_held(values)
         self._line += rest
         if len(self._line) > MAX_EVENT_BYTES:
@@ -423,6 +426,11 @@ class Framing:
                 self._hold(line[5:].removeprefix(" "))
             elif rest := self._read_values(line[5:].lstrip(), values):
                 self._hold(rest)
+        elif line.startswith("event:"):
+            self._failed = line[6:].strip() == "error"
+        elif line.startswith("error:"):
+            self._failed = True
+            self._hold(line[6:])
         elif line.startswith(":") or line.partition(":")[0] in ("event", "id", "retry"):
             pass
         elif line.lstrip().startswith(("{", "[", "<")):
@@ -448,9 +456,13 @@ class Framing:
         if held.startswith("<"):
             self.page = True
             raise web_page(held)
-        if rest := self._read_values(held, values):
-            if not cut:
-                raise not_understood(rest)
+        rest = self._read_values(held, values)
+        if self._failed:
+            self._failed = False
+            values.append({"error": rest or "event: error"})
+        elif rest and not cut:
+            raise not_understood(rest)
+        elif rest:
             self.cut_off = rest
 
     def _read_values(self, text: str, values: list[Any]) -> str:
@@ -460,10 +472,15 @@ class Framing:
             try:
                 value, end = _decode_json(text, start)
             except (ValueError, RecursionError):
-                if not text.startswith("[DONE]", start):
+                if text.startswith("[DONE]", start):
+                    self.ended = True
+                elif text.startswith("data:", start):  # some servers write the name of the field twice
+                    start = skip(r"data:\s*", text, start)
+                else:
                     return text[start:]
-                self.ended = True
             else:
+                if self._failed:
+                    value, self._failed = {"error": value or "event: error"}, False
                 values.append(value)
                 start = end if end == len(text) else skip(r"\s*", text, end)
         return ""
@@ -479,63 +496,291 @@ def skip(pattern: str, text: str, start: int = 0) -> int:
 
 
 class Completion:
-    """Turns the values of a reply into text. They are chat completion chunks, or one whole chat completion."""
+    """Turns the values of a reply into the text and the reasoning of an answer.
+
+    The values are chat completion chunks or one whole chat completion, as OpenAI documents them
+    (https://platform.openai.com/docs/api-reference/chat). Each value is read, is known to be harmless, or is remembered
+    as not understood. Nothing is dropped in silence: whoever reads the reply has to report `not_understood`.
+    """
 
     def __init__(self) -> None:
         self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, if they were sent
-        self.understood = False  # something with a known shape has arrived
+        self.calls: list[dict[str, Any]] = []  # tool calls in OpenAI's own format, as far as they have arrived
+        self.recognized = False  # a chunk or a whole completion has arrived
         self.answered = False  # some text has arrived
+        self.reasoned = False  # some reasoning has arrived
         self.whole = False  # the answer is complete: there was a finish reason, or a whole completion
+        self.not_understood: Any = None  # the first value that may hold a part of the answer in an unknown form
+        self.ignored: Any = None  # the first chunk without choices that held something else of unknown meaning
+        self._value: Any = None  # the value that is being read
+        self._previous: dict[str, Any] = {}  # the chunk before it, if that held nothing but text
+        self._previous_delta: dict[str, Any] = {}
         self._index: Any = None  # of the choice that is the answer
+        self._index_counts: bool | None = None  # chunks, and names no choice; None while that is not clear
+        self._waiting: list[dict[str, Any]] = []  # choices that are part of the answer if the index counts
+        self._seen = {"text": Seen(), "reasoning": Seen()}  # what came in deltas
+        self._thinking = Thinking()
         # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk, and
         # the other begins the next. Neither half can be printed or stored. This decoder waits for the second.
         self._characters = codecs.getincrementaldecoder("utf-16-le")("replace")
+        self._half = False  # it is waiting
 
-    def read(self, chunk: Any) -> str:
-        """The text of a chunk or of a whole completion. Raises the error that it reports, or that it is neither."""
-        if not isinstance(chunk, dict):
-            raise not_understood(as_json(chunk))
-        if chunk.get("error"):
-            raise AutonomousError(f"the service reports an error: {quoted(error_words(chunk))}")
-        choice = self._choice(chunk)
-        part = choice.get("delta") or choice.get("message") or {}
-        text = isinstance(part, dict) and (part.get("content") or part.get("refusal") or choice.get("text") or "")
-        reason, usage = choice.get("finish_reason") or chunk.get("finish_reason"), chunk.get("usage")
-        if not isinstance(text, str) or not ("choices" in chunk or usage or reason):
-            raise not_understood(as_json(chunk))
-        self.understood = True
-        if text:
-            self.answered, self.whole = True, False
-            self._index = self._index or choice.get("index") or 0
-            if not text.isascii() or self._characters.getstate()[0]:
-                text = self._characters.decode(text.encode("utf-16-le", "surrogatepass"))
-        if reason and str(reason).strip().lower() not in NO_FINISH_REASONS:
-            self.envelope["finish_reason"] = shallow(reason)
-            self.whole = True
-        if part and not choice.get("delta"):
-            self.whole = True
-        if usage:
-            self.envelope["usage"] = shallow(usage)
+    def read(self, value: Any, pieces: list[Any]) -> None:
+        """Add the text (`str`) and reasoning (`StreamEvent`) in a value to ``pieces``. Raises the error it reports."""
+        try:
+            # Most chunks differ from the one before in their text alone, so the rest of them needs no second look.
+            delta = value["choices"][0]["delta"]
+            self._previous_delta["content"] = text = delta["content"]
+            if value == self._previous and type(text) is str:
+                self._add("text", text, pieces)
+                return
+        except (LookupError, TypeError):
+            delta = {}
+        self._value, before = value, len(pieces)
+        if isinstance(value, dict):
+            self._read_chunk(value, pieces)
+        elif isinstance(value, list) and all(isinstance(chunk, dict) for chunk in value):
+            for chunk in value:
+                self._read_chunk(chunk, pieces)
+        elif value:
+            self._note()
+        plain = len(pieces) > before and delta.keys() <= {"role", "content"} and not self.whole
+        self._previous, self._previous_delta = (value, delta) if plain and self._index_counts is not None else ({}, {})
+
+    def close(self, pieces: list[Any]) -> None:
+        """Add what was still waiting for more to ``pieces``."""
+        waiting, self._waiting = self._waiting, []
+        for choice in waiting:
+            self._read_choice(choice, pieces)
+        self._add("text", self._characters.decode(b"", final=True), pieces)
+        self._put(self._thinking.feed("", end=True), pieces)
+
+    def _note(self) -> None:
+        if self.not_understood is None:
+            self.not_understood = self._value
+
+    def _read_chunk(self, chunk: dict[str, Any], pieces: list[Any]) -> None:
+        choices = chunk.get("choices")
+        plain = CHUNK_FIELDS.issuperset(chunk)
+        alone = not choices and (self.recognized or "choices" in chunk)
+        if not plain and (error := reported_error(chunk, alone)):
+            raise error
+        if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+            self.recognized = True
+            for choice in self._of_answer(choices):
+                self._read_choice(choice, pieces)
+        elif choices:
+            self._note()
         for key in ("id", "model", "created"):
             if key not in self.envelope and chunk.get(key) is not None:
                 self.envelope[key] = shallow(chunk[key])
-        return text
+        self._read_end(chunk)
+        if not plain and not choices and holds_more(chunk, CHUNK_FIELDS):
+            self.ignored = self.ignored or chunk
+            # Whatever else a chunk holds is about the request. An object that is no chunk may hold the answer.
+            if "choices" not in chunk and not str(chunk.get("object")).startswith("chat.completion"):
+                self._note()
 
-    def _choice(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        """The first choice. Only one is asked for, but a server may take turns in sending several."""
-        choices = chunk.get("choices")
-        if not choices:
-            return {}
-        if not isinstance(choices, list) or not isinstance(choices[0], dict):
-            raise not_understood(as_json(chunk))
-        for choice in choices:
-            if isinstance(choice, dict) and choice.get("index") in (None, self._index or 0):
-                return choice
-        return choices[0] if self._index is None else {}
+    def _read_end(self, holder: dict[str, Any]) -> None:
+        """Read the usage and the finish reason in a chunk or a choice."""
+        if usage := holder.get("usage"):
+            self.envelope["usage"] = shallow(usage)
+            self.recognized = True
+        reason = holder.get("finish_reason")
+        if reason and str(reason).strip().lower() not in NO_FINISH_REASONS:
+            self.envelope["finish_reason"] = shallow(reason)
+            self.recognized = self.whole = True
 
-    def close(self) -> str:
-        """The replacement character, if the reply ended in the middle of a character."""
-        return self._characters.decode(b"", final=True)
+    def _of_answer(self, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The choices that are part of the answer and can be read now.
+
+        Only one is asked for, but some servers take turns in sending several, and others count chunks in ``index``. An
+        index that only ever rises by one counts, so every chunk is part of the answer. One that comes back names a
+        choice, and the first choice is the answer. Until it is clear which of the two it is, later choices wait.
+        """
+        if len(choices) != 1:
+            own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)]
+            return own[:1] or (choices[:1] if self._index is None else [])
+        index = choices[0].get("index")
+        if self._index is None or self._index_counts:
+            return choices
+        if index is not None and index != self._index:
+            last = self._waiting[-1]["index"] if self._waiting else self._index
+            if self._index_counts is None and isinstance(index, int) and index - last in (0, 1):
+                self._waiting.append(choices[0])
+                if index - self._index < MAX_CHOICES:
+                    return []
+                self._index_counts, choices = True, self._waiting
+            else:
+                choices = []
+        if not self._index_counts:
+            self._index_counts = False
+        self._waiting = []
+        return choices
+
+    def _read_choice(self, choice: dict[str, Any], pieces: list[Any]) -> None:
+        """Read a choice, whose text is in its ``delta``, in its ``message`` or in itself."""
+        if not CHOICE_FIELDS.issuperset(choice) and (error := reported_error(choice)):
+            raise error
+        delta, message = choice.get("delta"), choice.get("message")
+        found = isinstance(delta, dict) and self._read_message(delta, pieces)
+        if not found and ("text" in choice or "content" in choice):
+            found = self._read_message(choice, pieces)
+        if not found and isinstance(message, dict):
+            found = self._read_message(message, pieces, repeats=True)
+        self.whole = self.whole or bool(message and not delta)
+        if found:
+            if self._index is None:
+                index = choice.get("index")
+                self._index = index if isinstance(index, int) else 0
+        elif (
+            holds_more(delta, MESSAGE_FIELDS)
+            or holds_more(message, MESSAGE_FIELDS)
+            or (not choice.get("finish_reason") and holds_more(choice, CHOICE_FIELDS))
+        ):
+            self._note()
+        self._read_end(choice)
+
+    def _read_message(self, message: dict[str, Any], pieces: list[Any], repeats: bool = False) -> bool:
+        """Read a message or a delta, and return whether it held anything. It may repeat what came in deltas."""
+        if not MESSAGE_FIELDS.issuperset(message) and (error := reported_error(message)):
+            raise error
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        content = message.get("content") or message.get("text") or message.get("refusal")
+        for kind, value in (("reasoning", reasoning), ("text", content)):
+            if type(value) is str:
+                self._add(kind, value, pieces, repeats)
+            elif value:
+                for part_kind, text in self._parts(kind, value):
+                    self._add(part_kind, text, pieces, repeats)
+        calls = message.get("tool_calls") or message.get("function_call")
+        if calls and not (repeats and self.calls):
+            self._read_calls(calls if isinstance(calls, list) else [{"function": calls}])
+        return bool(content or reasoning or calls)
+
+    def _parts(self, kind: str, content: Any) -> Iterator[tuple[str, str]]:
+        """The text in content parts, each with its kind: ``text`` or ``reasoning``."""
+        for part in content if isinstance(content, list) else [content]:
+            thinking = isinstance(part, dict) and (part.get("thinking") or part.get("reasoning"))
+            if isinstance(part, str):
+                yield kind, part
+            elif thinking and kind == "text":
+                yield from self._parts("reasoning", thinking)
+            elif isinstance(part, dict) and isinstance(part.get("text"), str):
+                yield "reasoning" if part.get("type") in ("thinking", "reasoning") else kind, part["text"]
+            elif part:
+                self._note()
+
+    def _read_calls(self, calls: list[Any]) -> None:
+        """Read tool calls, or the fragments of them that come in deltas."""
+        for position, call in enumerate(calls):
+            function = call.get("function") if isinstance(call, dict) else None
+            if not isinstance(function, dict):
+                self._note()
+                continue
+            key, arguments = (call.get("index", position), call.get("id")), function.get("arguments")
+            known = next((c for c in self.calls if c["key"][0] == key[0] and key[1] in (None, "", c["key"][1])), None)
+            if known is None:
+                known = {"key": key, "name": "", "arguments": ""}
+                self.calls.append(known)
+            known["name"] = known["name"] or function.get("name")
+            both = isinstance(arguments, str) and isinstance(known["arguments"], str)
+            known["arguments"] = known["arguments"] + arguments if both else arguments or known["arguments"]
+
+    def _add(self, kind: str, text: str, pieces: list[Any], repeats: bool = False) -> None:
+        if self._half or not text.isascii():
+            text = self._characters.decode(text.encode("utf-16-le", "surrogatepass"))
+            self._half = bool(self._characters.getstate()[0])
+        seen = self._seen[kind]
+        if not repeats:
+            seen.length += len(text)
+            seen.checksum = zlib.crc32(text.encode(), seen.checksum)
+        elif zlib.crc32(text[: seen.length].encode()) == seen.checksum:
+            text = text[seen.length :]
+        if kind == "text" and self._thinking.over and text:
+            self.answered, self.whole = True, False
+            pieces.append(text)
+        else:
+            self._put(self._thinking.feed(text) if kind == "text" else [(kind, text)], pieces)
+
+    def _put(self, found: list[tuple[str, str]], pieces: list[Any]) -> None:
+        for kind, text in found:
+            if text and kind == "text":
+                self.answered, self.whole = True, False
+                pieces.append(text)
+            elif text:
+                self.reasoned = True
+                pieces.append(StreamEvent(type="reasoning", chunk=text))
+
+
+# The fields that OpenAI documents, and those that others put in their place.
+CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"})
+CHUNK_FIELDS |= {"type", "finish_reason"}
+CHOICE_FIELDS = frozenset({"index", "delta", "message", "text", "content", "finish_reason", "logprobs", "usage"})
+MESSAGE_FIELDS = frozenset({"role", "name", "content", "text", "refusal", "tool_calls", "function_call"})
+MESSAGE_FIELDS |= {"reasoning", "reasoning_content"}
+
+
+class Seen:
+    """The length and checksum of a text, by which a repetition of it is recognized without keeping the text."""
+
+    __slots__ = ("checksum", "length")
+
+    def __init__(self) -> None:
+        self.length = self.checksum = 0
+
+
+def holds_more(value: Any, known: frozenset[str]) -> bool:
+    """Whether an object has text, a list or an object in a field that is not ``known``, or is something else."""
+    if not isinstance(value, dict):
+        return bool(value)
+    return any(nested and isinstance(nested, (str, list, dict)) for key, nested in value.items() if key not in known)
+
+
+class Thinking:
+    """Splits off the reasoning with which a model may begin its text, in ``<think>`` or Hermes's ``<scratch_pad>``.
+
+    Anywhere else these tags are text. The white space after them is dropped.
+    """
+
+    def __init__(self) -> None:
+        self.over = False  # everything that follows is text
+        self._held: list[str] = []  # text that may begin with a tag
+        self._closing = ""  # the tag that ends the reasoning
+        self._closed = False
+        self._tail = ""  # a few characters that may begin that tag
+
+    def feed(self, text: str, end: bool = False) -> list[tuple[str, str]]:
+        """What ``text``, the next of the answer, holds: pairs of a kind (``text`` or ``reasoning``) and a text."""
+        out: list[tuple[str, str]] = []
+        if not (self._closing or self.over):
+            self._held.append(text)
+            held = "".join(self._held)
+            begin = held.lstrip()
+            tag = next((tag for tag in THINKING_TAGS if begin.startswith(tag)), "")
+            if not (tag or end) and len(held) < MAX_HELD and any(tag.startswith(begin) for tag in THINKING_TAGS):
+                return []
+            pieces, self._held, self.over = self._held, [], not tag
+            if not tag:
+                return [("text", piece) for piece in pieces]
+            self._closing, text = tag.replace("<", "</"), begin[len(tag) :]
+        if self._closing and not self._closed:
+            reasoning, closing, text = (self._tail + text).partition(self._closing)
+            self._closed, self._tail = bool(closing), ""
+            if not (closing or end):
+                self._tail = reasoning[begin_of(self._closing, reasoning) :]
+                reasoning = reasoning[: len(reasoning) - len(self._tail)]
+            out.append(("reasoning", reasoning))
+        if not self.over:
+            text = text.lstrip()
+            self.over = bool(text)
+        return [*out, ("text", text)]
+
+
+def begin_of(tag: str, text: str) -> int:
+    """Where ``text`` ends with the beginning of ``tag``; its length if it does not."""
+    start = max(0, len(text) - len(tag) + 1)
+    return next((cut for cut in range(start, len(text)) if tag.startswith(text[cut:])), len(text))
 
 
 # Tool calls and JSON in what the model wrote
@@ -849,50 +1094,82 @@ class Reply:
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The pieces completed by ``data``, the next bytes of the reply, or by its ``end``."""
-        texts: list[str] = []
+        pieces: list[Any] = []
         framing, completion = self.framing, self.completion
         if self.error is None:
             try:
+                read = completion.read
                 for value in framing.feed(data, end):
-                    if text := completion.read(value):
-                        texts.append(text)
+                    read(value, pieces)
                 if framing.error:
                     raise framing.error
-                if (end or framing.ended) and (text := completion.close()):
-                    texts.append(text)
+                if end or framing.ended:
+                    completion.close(pieces)
             except AutonomousError as error:
                 self.error = error
-        return self._read(texts) if texts and (self.parser or self.validator) else texts
+        return self._read(pieces) if pieces and (self.parser or self.validator) else pieces
 
     def close(self, failure: Exception | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Any]:
         """The pieces completed by the end of the reply, whether it came as it should or by a ``failure``."""
         known, pieces = self.error, self.feed(b"", end=True)
         framing, completion = self.framing, self.completion
+        calls = self._native_calls() if self.error is None else []
         if failure and not (known or self.whole or framing.page):
             self.error = transport_error(failure, completion.answered, timeout)
         elif self.error is None and framing.cut_off and not self.whole:
             cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
             self.error = cut_off if completion.answered else not_understood(framing.cut_off)
-        elif self.error is None and not completion.answered:
-            lost = "" if completion.understood or framing.ended else framing.stray
-            self.error = not_understood(lost) if lost else empty(completion.envelope.get("finish_reason"))
+        elif self.error is None and not (completion.answered or calls):
+            self.error = self._empty()
+        elif self.error is None and is_failure(unknown := completion.not_understood):
+            self.error = AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
         elif self.error is None and (self.parser or self.validator):
-            pieces += self._read([], end=True)
+            pieces += self._read(calls, end=True)
         return pieces
+
+    def _native_calls(self) -> list[str]:
+        """The tool calls that came in OpenAI's own format, in the words that the model was asked to use."""
+        written = []
+        for call in self.completion.calls:
+            value = {"name": call["name"], "arguments": call["arguments"] or {}}
+            if self.parser and call["name"] in self.parser.names:
+                written.append(tagged("tool_call", value))
+            elif self.completion.not_understood is None:
+                self.completion.not_understood = {"tool_calls": [value]}
+        return written
+
+    def _empty(self) -> AutonomousError:
+        """The error for a reply without an answer, which quotes what it held instead."""
+        framing, completion = self.framing, self.completion
+        value = completion.ignored if completion.not_understood is None else completion.not_understood
+        if not (completion.recognized or framing.ended or is_failure(value)) and (framing.stray or value is not None):
+            return not_understood(framing.stray or as_json(value))
+        message = "the answer was empty"
+        if completion.reasoned:
+            message += ", after some reasoning"
+        if reason := completion.envelope.get("finish_reason"):
+            message += f" (finish reason: {quoted(str(reason))})"
+        if value is not None:
+            message += f"; the reply was: {quoted(as_json(value))}"
+        return AutonomousError(message, outage=True)
 
     def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
         """Find the tool calls. Hold the answer to a schema until it is complete, since half of it is of no use."""
+        reasoning = [piece for piece in pieces if not isinstance(piece, str)]
+        pieces = [piece for piece in pieces if isinstance(piece, str)]
         self.written.writelines(pieces)
         if self.parser:
             pieces = self.parser.feed(pieces, end)
             self.error = self.error or self.parser.error
         if not self.validator:
-            return pieces
+            return reasoning + pieces
         if self.written.tell() > MAX_EVENT_BYTES:
             self.error = self.error or too_large("an answer to a schema")
         calls = [piece for piece in pieces if not isinstance(piece, str)]
         if self.error or calls or not end:
-            return calls  # if there are any, the answer comes in a later round, and this text is not part of it
+            return (
+                reasoning + calls
+            )  # if there are any, the answer comes in a later round, and this text is not part of it
         try:
             return [matching_json(self.written.getvalue(), self.validator)]
         except AutonomousError as error:
@@ -978,25 +1255,25 @@ def broken_call(problem: str, text: str) -> AutonomousError:
     )
 
 
-def empty(finish_reason: object) -> AutonomousError:
-    reason = f" (finish reason: {quoted(str(finish_reason))})" if finish_reason else ""
-    return AutonomousError(f"the answer was empty{reason}", outage=True)
-
-
 def web_page(page: str, status: str = "") -> AutonomousError:
     import html
 
+    page = page[:MAX_PAGE_BYTES]
     # Without the limits, a page that repeats "<title" would take quadratic time.
-    found = re.search(r"<title[^>]{0,99}>([^<]{1,999})", page[:MAX_PAGE_BYTES], re.IGNORECASE)
+    found = re.search(r"<title[^>]{0,99}>([^<]{1,999})", page, re.IGNORECASE)
     title = quoted(html.unescape(found[1])) if found else ""
-    answer = f"answered with a web page titled: {title}" if title else "answered with a web page without a title"
+    text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|\Z)|<!--.*?(-->|\Z)|<[^<>]*(>|\Z)", " ", page)
+    words = quoted(html.unescape(text))
+    answer = "answered with a web page " + (f"titled: {title}" if title else "without a title")
+    if words and not title:
+        answer += f": {words}"
     return AutonomousError(f"{status}: {answer}" if status else answer, outage=True)
 
 
 def error_words(body: object) -> str:
     """The message in an error body of any of the forms in PROTOCOL.md, or several, if they say different things."""
     found: list[str] = []
-    for value in map(body.get, ("error", "message", "detail")) if isinstance(body, dict) else ():
+    for value in map(body.get, ("error", "errors", *MESSAGE_KEYS)) if isinstance(body, dict) else ():
         words = (value.get("message") or value) if isinstance(value, dict) else value
         if isinstance(words, list) and all(isinstance(word, str) for word in words):
             words = "; ".join(words)
@@ -1005,6 +1282,36 @@ def error_words(body: object) -> str:
         if isinstance(words, str) and not any(words in known for known in found):
             found = [known for known in found if known not in words] + [words]
     return ": ".join(found) or (body if isinstance(body, str) else as_json(body))
+
+
+MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
+NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
+
+
+def reported_error(holder: dict[str, Any], alone: bool = False) -> AutonomousError | None:
+    """The error that an object reports, itself or in an object within it.
+
+    It reports one in ``error`` or ``errors``, or in a message beside a code that does not stand for success. If it is
+    ``alone``, a message in place of a choice, it needs no code.
+    """
+    for place in (holder, *(nested for nested in holder.values() if isinstance(nested, dict))):
+        message = any(isinstance(place.get(key), (str, list)) and place[key] for key in MESSAGE_KEYS)
+        code = next((place[key] for key in ("code", "status_code") if key in place), None)
+        failed = says_failure(code) or (code is None and alone and place is holder)
+        if says_failure(place.get("error")) or says_failure(place.get("errors")) or (message and failed):
+            return AutonomousError(f"the service reports an error: {quoted(error_words(place))}")
+    return None
+
+
+def says_failure(value: Any) -> bool:
+    """Whether a code or an error is anything but empty or a word for success, itself or in all of its fields."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return any(isinstance(v, (dict, list)) or not re.fullmatch(NO_ERROR, str(v)) for v in inner)
+
+
+def is_failure(value: Any) -> bool:
+    """Whether a value that was not understood has a field or a word in it that stands for an error."""
+    return value is not None and bool(re.search(r'(?i)"\w*(error|fail)\w*"', as_json(value)))
 
 
 def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
@@ -1187,9 +1494,11 @@ class Exchange:
             sent, received = (count_tokens(usages, key) for key in ("prompt_tokens", "completion_tokens"))
             details = {key: value for key, value in usages[-1].items() if key.endswith("_details")}
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
+        if (unknown := reply.completion.not_understood) is not None:
+            logger.warning("part of the reply was not understood; it begins: %s", quoted(as_json(unknown)))
         reason = quoted(str(envelope.get("finish_reason", "stop")))
-        if not re.fullmatch(USUAL_FINISH_REASONS, reason, re.IGNORECASE):
-            limit = ": it reached the model's limit" if reason in ("length", "max_tokens") else ""
+        if not re.search(USUAL_FINISH_REASON, reason):
+            limit = ": it reached the model's limit" if re.search("(?i)length|max|limit", reason) else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not reply.whole:
             logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
@@ -1276,8 +1585,10 @@ class Attempt:
             self._hurry(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
         else:
             self.patience, self.deadline = self.exchange.timeout, 0.0
-        # These are all text, as calls come out in `close`. Joined, they are less work for `llm`.
-        return self._out(["".join(pieces)] if len(pieces) > 1 else pieces)
+        # Calls come out in `close`. Joined, the texts are less work for `llm`.
+        if len(pieces) > 1 and all(isinstance(piece, str) for piece in pieces):
+            pieces = ["".join(pieces)]
+        return self._out(pieces)
 
     def _hurry(self, seconds: float, renew: bool = False) -> None:
         seconds = min(seconds, self.exchange.timeout)
@@ -1300,7 +1611,7 @@ class Attempt:
                 pieces.insert(0, "\n")
         out: list[str | StreamEvent] = []
         for piece in pieces:
-            out += [piece] if isinstance(piece, str) else self.exchange.report_call(piece)
+            out += self.exchange.report_call(piece) if isinstance(piece, llm.ToolCall) else [piece]
         return out
 
 

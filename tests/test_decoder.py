@@ -277,34 +277,40 @@ def test_text_is_given_as_it_is(text: str) -> None:
     assert Decoded(event(text) + DONE).deltas == [text]
 
 
+@pytest.mark.parametrize("nothing", ["{}", "[]", "null", '""', "0", "false", "[{}]", '{"type": "ping"}'])
+def test_value_that_holds_nothing_is_harmless(nothing: str) -> None:
+    """What cannot hold a part of the answer is passed over, with no word said."""
+    decoded = Decoded(event("a") + f"data: {nothing}\n\n".encode() + event("b"))
+    assert decoded.text == "ab"
+    assert decoded.decoder.completion.not_understood is None
+
+
 @pytest.mark.parametrize(
     "shape",
     [
-        "{}",
-        '{"message": "no such model"}',
         '{"choices": {"delta": {"content": "hi"}}}',
         '{"choices": "hi"}',
         '{"choices": ["hi"]}',
         '{"choices": [null]}',
         '{"choices": [{"delta": "hi"}]}',
-        '{"choices": [{"delta": ["hi"]}]}',
         '{"choices": [{"delta": {"content": 1}}]}',
-        '{"choices": [{"delta": {"content": ["hi"]}}]}',
-        '{"choices": [{"message": {"content": {"text": "hi"}}}]}',
-        "[]",
+        '{"choices": [{"delta": {"content": [1]}}]}',
+        '{"choices": [{"message": {"content": {"words": "hi"}}}]}',
+        '{"output": "hi"}',
         '["hi"]',
         '"hi"',
         "1",
-        "null",
         "true",
         "NaN",
     ],
 )
 def test_json_of_no_known_shape(shape: str) -> None:
-    """JSON that is no chunk is an error that shows it, behind the text that came before."""
-    decoded = Decoded(event("a") + f"data: {shape}\n\n".encode() + event("b"))
-    assert decoded.deltas == ["a"]
-    assert decoded.words == f"the reply was not understood; it begins: {shape}"
+    """JSON that is no chunk is remembered with all of it, and costs the answer nothing; alone, it is quoted."""
+    foreign = f"data: {shape}\n\n".encode()
+    decoded = Decoded(event("a") + foreign + event("b"))
+    assert decoded.text == "ab"
+    assert json.dumps(decoded.decoder.completion.not_understood) == shape
+    assert shape in Decoded(foreign).words
 
 
 @pytest.mark.parametrize(
@@ -317,6 +323,13 @@ def test_event_that_is_no_json(event_data: str) -> None:
     assert decoded.deltas == ["a"]
     assert decoded.words.startswith("the reply was not understood; it begins: ")
     assert event_data.endswith(decoded.words.partition("begins: ")[2])
+
+
+def test_message_without_a_chunk_is_an_error() -> None:
+    """A message in place of a chunk says why there is none, and ends the reply."""
+    decoded = Decoded(event("a") + b'data: {"message": "no such model"}\n\n' + event("b"))
+    assert decoded.deltas == ["a"]
+    assert decoded.words == "the service reports an error: no such model"
 
 
 @pytest.mark.parametrize("error", ['{"message": "no luck"}', '"no luck"', '{"code": 1, "message": "no luck"}'])

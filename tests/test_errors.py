@@ -278,7 +278,7 @@ def test_page_with_status_200(ask: Ask, server: Loopback, content_type: str) -> 
     [
         (b"<html><title>Sorry &amp; goodbye &#8211; &eacute;</title>", "titled: Sorry & goodbye \u2013 é"),
         (b"<html><head><title lang='en'>Down</title>", "titled: Down"),
-        (b"<html><body>Down</body></html>", "without a title"),
+        (b"<html><body><p>Down</p> for now</body></html>", "without a title: Down for now"),
         (b"<html><title></title></html>", "without a title"),
         (b"<html><title>Do", "titled: Do"),
         ("<html>\u0130\u0130\u0130<title>Down</title>".encode(), "titled: Down"),
