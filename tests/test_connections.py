@@ -11,8 +11,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -150,9 +149,7 @@ async def garbage(connection: Connection) -> None:
 
 
 async def endless(connection: Connection) -> None:
-    while True:
-        await connection.send(b"data: more\n\n" * 100)
-        await asyncio.sleep(0.001)
+    await connection.drip(b"data: more\n\n" * 100, pause=0.001)
 
 
 @pytest.mark.parametrize("fault", [close, reset, stall, garbage, endless])
@@ -169,10 +166,8 @@ def test_done_has_ended_the_answer(
         await fault(connection)
 
     server.answers += [answer]
-    start = time.monotonic()
     assert ask().text == "whole"
     assert ask().text == GOOD
-    assert time.monotonic() - start < 5
     assert len(server.requests) == 2
 
 
@@ -337,31 +332,27 @@ print(gone())
 
 # A thousand at once
 
-
-@contextmanager
-def server_process(answer: str) -> Iterator[str]:
-    """The URL of a loopback in a process of its own, whose answer is the Python expression ``answer``."""
-    script = f"""
+THOUSAND = """
 import asyncio, sys
-from loopback import *
-async def slow(request, connection):
-    await asyncio.sleep(0.5)
+from loopback import Loopback, speak
+async def together(request, connection):
+    if len(server.requests) == 1000:
+        all_are_here.set()
+    await all_are_here.wait()
     await speak()(request, connection)
-with Loopback({answer}) as server:
+all_are_here = asyncio.Event()
+with Loopback(together) as server:
     print(server.url, flush=True)
     sys.stdin.read()
+print(f"{len(server.requests)} requests on {server.connections} connections")
 """
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-        yield process.stdout.readline().strip()
-        process.stdin.close()
-        assert process.wait(30) == 0
 
 
 def test_a_thousand_async_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand prompts at once, each half a second at the server: no failure, and under 15 s."""
+    """A thousand prompts are at the server at the same time, and all are answered, by one request each.
+
+    The server is a process of its own, because one process may not open enough files for both.
+    """
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:
@@ -371,13 +362,14 @@ def test_a_thousand_async_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         model = llm.get_async_model("autonomous-llama")
         return await asyncio.gather(*(model.prompt(f"number {number}").text() for number in range(1000)))
 
-    with server_process("slow") as url:
-        monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
-        start = time.monotonic()
+    command, pipe = [sys.executable, "-c", THOUSAND], subprocess.PIPE
+    with subprocess.Popen(command, cwd=TESTS, stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdout
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.stdout.readline().strip())
         answers = asyncio.run(ask())
-        seconds = time.monotonic() - start
+        counts, _ = server.communicate()
     assert answers == [f"llama heard: number {number}" for number in range(1000)]
-    assert seconds < 15
+    assert counts == "1000 requests on 1000 connections\n"
 
 
 def test_ten_waves_of_eighty_take_eighty_connections(server: Loopback) -> None:
@@ -570,13 +562,11 @@ def close_sync() -> None:
 
 @pytest.mark.parametrize("stop", [break_sync, close_sync])
 def test_reader_that_stops_early_frees_its_connection(stop: Callable[[], None], server: Loopback) -> None:
-    """After `break` or `close()`, the connection of an unfinished reply is gone, and the next prompt not slowed."""
+    """After `break` or `close()`, the connection of an unfinished reply is gone, and the next prompts share another."""
     server.answers += [stall_after_text]
-    start = time.monotonic()
     stop()
-    assert until(lambda: not server.open, 5)
+    assert until(lambda: not server.open)
     assert ask_in_turns("sync", 2)
-    assert time.monotonic() - start < 5
     assert server.connections == 2
 
 
@@ -624,15 +614,13 @@ def test_async_reader_that_stops_early_frees_its_connection(
 
     async def stop_and_go_on() -> None:
         await asyncio.gather(*(stop() for _ in range(readers)))
-        assert await asyncio.to_thread(until, lambda: not server.open, 5)
+        assert await asyncio.to_thread(until, lambda: not server.open)
         chat = llm.get_async_model("autonomous-llama").conversation()
         for turn in range(3):
             assert f"turn {turn}" in await chat.prompt(f"turn {turn}").text()
 
     server.answers += [stall_after_text] * readers
-    start = time.monotonic()
     asyncio.run(stop_and_go_on())
-    assert time.monotonic() - start < 10
     assert server.connections == readers + 1
 
 

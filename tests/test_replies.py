@@ -139,9 +139,7 @@ def test_refusal_whose_body_drips_is_bounded_in_all(ask: Ask, server: Loopback, 
 
     async def drip(request: Request, connection: Connection) -> None:
         await connection.head("400 Bad Request")
-        while True:
-            await connection.send(b"so")
-            await asyncio.sleep(0.01)
+        await connection.drip(b"so")
 
     server.answer = drip
     assert "HTTP 400 Bad Request: so" in ask().line
@@ -185,9 +183,7 @@ def test_comments_behind_a_finish_reason_do_not_hold_the_prompt(ask: Ask, server
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
         await connection.send(event(delta("hi", finish_reason="stop")))
-        while True:
-            await connection.send(b": still here\n\n")
-            await asyncio.sleep(0.01)
+        await connection.drip(b": still here\n\n")
 
     server.answer = answer
     assert ask().text == "hi"
