@@ -18,7 +18,7 @@ import httpx
 import llm
 import pytest
 from conftest import Ask, ask_async, ask_sync, get_async_model
-from loopback import DONE, Connection, Loopback, Request, delta, event, say, speak
+from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import PEM, TESTS, Proxy, TlsLoopback, free_port, run_python, tls, until
 
 import llm_autonomous
@@ -372,26 +372,35 @@ def test_a_thousand_async_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert counts == "1000 requests on 1000 connections\n"
 
 
-def test_ten_waves_of_eighty_take_eighty_connections(server: Loopback) -> None:
-    """A batch that comes in waves uses its connections again, all closed when the loop ends."""
+def together(count: int) -> Answer:
+    """The usual answer, once ``count`` prompts are at the server."""
     waiting: list[asyncio.Event] = []
 
-    async def together(request: Request, connection: Connection) -> None:
+    async def answer(request: Request, connection: Connection) -> None:
         waiting.append(asyncio.Event())
-        if len(waiting) == 80:  # the whole wave is there
+        if len(waiting) == count:
             while waiting:
                 waiting.pop().set()
         else:
             await waiting[-1].wait()
         await speak()(request, connection)
 
-    async def ask() -> None:
-        model = get_async_model("autonomous-llama")
-        for _ in range(10):
-            answers = await asyncio.gather(*(model.prompt("hi").text() for _ in range(80)))
-            assert answers == [GOOD] * 80
+    return answer
 
-    server.answer = together
+
+async def ask_at_once(server: Loopback, count: int) -> None:
+    """A wave of prompts that are all at the server at the same time."""
+    model, server.answer = get_async_model("autonomous-llama"), together(count)
+    assert await asyncio.gather(*(model.prompt("hi").text() for _ in range(count))) == [GOOD] * count
+
+
+def test_ten_waves_of_eighty_take_eighty_connections(server: Loopback) -> None:
+    """A batch that comes in waves uses its connections again, all closed when the loop ends."""
+
+    async def ask() -> None:
+        for _ in range(10):
+            await ask_at_once(server, 80)
+
     asyncio.run(ask())
     assert len(server.requests) == 800
     assert server.connections == 80
@@ -403,21 +412,40 @@ def test_surplus_connections_are_closed_when_they_have_expired(
 ) -> None:
     """What a burst opened is not kept for the life of a loop that has no more bursts."""
 
-    async def slow(request: Request, connection: Connection) -> None:
-        await asyncio.sleep(0.1)
-        await speak()(request, connection)
-
-    async def ask() -> int:
-        model = get_async_model("autonomous-llama")
-        await asyncio.gather(*(model.prompt("hi").text() for _ in range(40)))
-        before = len(server.open)
+    async def ask() -> None:
+        await ask_at_once(server, 40)
+        assert len(server.open) == 40
         monkeypatch.setattr(llm_autonomous, "KEEPALIVE", 0.0)
-        await model.prompt("hi").text()
+        await ask_at_once(server, 1)
         assert await asyncio.to_thread(until, lambda: len(server.open) <= llm_autonomous.POOL_SIZE)
-        return before
 
-    server.answer = slow
-    assert asyncio.run(ask()) == 40
+    asyncio.run(ask())
+
+
+class Clock:
+    """The module `time`, with a monotonic clock that can be set forward."""
+
+    ahead = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def test_connections_that_were_used_since_are_kept(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections expire 60 s after they were last used, not 60 s after they were opened."""
+    clock = Clock()
+    monkeypatch.setattr(llm_autonomous, "time", clock)
+
+    async def ask() -> None:
+        for seconds_later, count in ((0, 40), (50, 40), (50, 1), (0, 40)):
+            clock.ahead += seconds_later
+            await ask_at_once(server, count)
+
+    asyncio.run(ask())
+    assert server.connections == 40
 
 
 # Forks
@@ -505,6 +533,34 @@ def test_forked_children_open_their_own_connections(server: Loopback) -> None:
         used = processes_by_connection(server.requests[28 * number :][:28])
         assert len(used) == 5, fork
         assert len(set.union(*used.values())) == 5, fork
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_does_not_close_the_connections_of_its_parent(server: Loopback) -> None:
+    """A child that leaves its copy of the parent's event loop closes no client of the parent, sync or async."""
+    script = """
+import asyncio, os, sys
+import httpx, llm
+parent = os.getpid()
+def closing(close):
+    def closed(self):
+        print(type(self).__name__, "closed by", "its parent" if os.getpid() == parent else "a child", flush=True)
+        return close(self)
+    return closed
+httpx.Client.close, httpx.AsyncClient.aclose = closing(httpx.Client.close), closing(httpx.AsyncClient.aclose)
+async def main():
+    for _ in range(2):
+        print(await llm.get_async_model("autonomous-llama").prompt("hi").text(), flush=True)
+        print(llm.get_model("autonomous-llama").prompt("hi").text(), flush=True)
+        child = os.fork()
+        if not child:
+            sys.exit()
+        assert os.waitpid(child, 0)[1] == 0
+asyncio.run(main())
+"""
+    closed = "AsyncClient closed by its parent\nClient closed by its parent\n"
+    assert run_python(script, flags=FORKING) == f"{GOOD}\n" * 4 + closed
+    assert server.connections == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -509,6 +509,15 @@ def test_usage_is_that_of_both_answers(
     assert (answer.response.input_tokens, answer.response.output_tokens) == total
 
 
+def test_details_of_the_usage_are_kept(ask: Ask, server: Loopback) -> None:
+    """`llm logs --usage` shows them, such as the tokens that were cached, and leaves out what is zero."""
+    details = {"prompt_tokens_details": {"cached_tokens": 3, "audio_tokens": 0}, "completion_tokens_details": None}
+    server.answers += [texts("Noon.", usage={"prompt_tokens": 10, "completion_tokens": 5, **details})]
+    assert ask().response.token_details == {"prompt_tokens_details": {"cached_tokens": 3}}
+    server.answers += [texts("Noon.", usage={"prompt_tokens": 10, "completion_tokens": 5})]
+    assert ask().response.token_details is None
+
+
 # The command line
 
 NOW_FUNCTION = ["--functions", "def now():\n    'The time'\n    return 'noon'\n"]
