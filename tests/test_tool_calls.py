@@ -301,6 +301,11 @@ BROKEN = {
     "arguments as a number": ('<tool_call>{"name": "add", "arguments": 1}</tool_call>', [], '"arguments"'),
     "arguments as false": ('<tool_call>{"name": "add", "arguments": false}</tool_call>', [], '"arguments"'),
     "arguments as words": ('<tool_call>{"name": "add", "arguments": "hello"}</tool_call>', [], '"arguments"'),
+    "arguments as a string with words behind": (
+        '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1} or so"}</tool_call>',
+        [],
+        '"arguments"',
+    ),
     "arguments as a string of a list": (
         '<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>',
         [],
@@ -508,6 +513,7 @@ ENDLESS: dict[str, tuple[str, str]] = {  # what comes first, and what again and 
     "words": ("", "word "),
     "long string": ('<tool_call>{"a": "', "x"),
     "long string with escapes": ('<tool_call>{"a": "', '\\"'),
+    "long string with braces and words": ('<tool_call>{"a": "', "} word "),
     "braces in a tag": ("<tool_call>", "{"),
     "closed braces in a tag": ('<tool_call>{"a": [', "{},"),
     "strings in a tag": ("<tool_call>{", '"a",'),
@@ -519,6 +525,7 @@ ENDLESS: dict[str, tuple[str, str]] = {  # what comes first, and what again and 
     "; behind a call": (NOW_TAG[:26], ";"),
     "words behind a call": (NOW_TAG, "word "),
     "bare string": ('{"name": "add", "parameters": {"a": "', "x"),
+    "bare string with braces and words": ('{"name": "add", "parameters": {"a": "', "} word "),
     "bare calls": ("", '{"name": "now"}\n'),
     "bare and open quotes": ('{"name": "add", x"', '\\"'),
     "bare and open apostrophes": ('{"name": "add", x"', "'"),

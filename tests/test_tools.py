@@ -13,7 +13,7 @@ from typing import Any
 
 import llm
 import pytest
-from conftest import PNG, Ask, Chain, Start, finish, invoke, output_until
+from conftest import DEADLINE, PNG, Ask, Chain, Start, finish, invoke, output_until
 from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant, system, user
 from loopback import DONE, ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import until
@@ -322,7 +322,7 @@ def test_text_is_not_held(chain: Chain, server: Loopback, monkeypatch: pytest.Mo
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
         for word in words:
-            assert await asyncio.to_thread(sent.acquire, timeout=10), "the word before it was held"
+            assert await asyncio.to_thread(sent.acquire, timeout=DEADLINE), "the word before it was held"
             await connection.send(event(delta(word)))
         await connection.send(STOP)
         await connection.end()
@@ -400,22 +400,15 @@ def test_made_up_result_without_an_end_is_not_waited_for(
 ) -> None:
     """A model that writes on for ever behind a made-up result does not keep the prompt."""
     monkeypatch.setattr(llm_autonomous, "DRAIN_TIMEOUT", 0.05)
-    waited_for = []
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
         await connection.send(event(delta(call)) + event(delta("\n<tool_resp")) + event(delta("onse>\n{")))
-        for _ in range(300):
-            await connection.send(event(delta("and so on ")))
-            await asyncio.sleep(0.01)
-        waited_for.append("the end")
-        await connection.send(DONE)
-        await connection.end()
+        await connection.drip(event(delta("and so on ")))
 
     server.answers += [answer]
     assert chain(tools=[now]).text == "llama: now said noon"
     assert until(lambda: not server.open - {2})
-    assert waited_for == []
 
 
 # Broken calls
@@ -514,6 +507,15 @@ def test_usage_is_that_of_both_answers(
     answer = ask(tools=[llm.Tool.function(now)])
     assert answer.text == "Noon."
     assert (answer.response.input_tokens, answer.response.output_tokens) == total
+
+
+def test_details_of_the_usage_are_kept(ask: Ask, server: Loopback) -> None:
+    """`llm logs --usage` shows them, such as the tokens that were cached, and leaves out what is zero."""
+    details = {"prompt_tokens_details": {"cached_tokens": 3, "audio_tokens": 0}, "completion_tokens_details": None}
+    server.answers += [texts("Noon.", usage={"prompt_tokens": 10, "completion_tokens": 5, **details})]
+    assert ask().response.token_details == {"prompt_tokens_details": {"cached_tokens": 3}}
+    server.answers += [texts("Noon.", usage={"prompt_tokens": 10, "completion_tokens": 5})]
+    assert ask().response.token_details is None
 
 
 # The command line
