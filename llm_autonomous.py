@@ -1396,7 +1396,9 @@ class Pool:
             yield
         finally:
             _pools.pop(self, None)
-            if self.key[0] == os.getpid():  # a child process must not close its parent's connections
+            # A child process must not close its parent's connections. And a loop that never shut down, as nest_asyncio
+            # leaves its own, no longer runs at the end of the process, so it cannot close anything.
+            if self.key[0] == os.getpid() and self.loop.is_running():
                 await self.client.aclose()
 
     async def __aenter__(self) -> httpx.AsyncClient:
@@ -1455,7 +1457,11 @@ def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
 
 
 class AsyncBody:
-    """The same for async, where there is a way to limit any wait. No generator: see `AsyncAutonomous.execute`."""
+    """The same for async. No generator: see `AsyncAutonomous.execute`.
+
+    A wait is limited as httpcore limits its own, by anyio. asyncio's ways of limiting one could also cancel httpcore
+    while it closes a connection, which would then stay in the pool for ever: it is shielded from anyio's alone.
+    """
 
     def __init__(self, head: httpx.Response, attempt: Attempt) -> None:
         self.pieces = aiter(cast("httpx.AsyncByteStream", head.stream))
@@ -1465,11 +1471,12 @@ class AsyncBody:
         return self
 
     async def __anext__(self) -> bytes:
-        import asyncio
+        import anyio  # which comes with httpx
 
-        attempt, piece = self.attempt, anext(self.pieces)
-        limited_by_httpx = attempt.patience == attempt.exchange.timeout
-        return await (piece if limited_by_httpx else asyncio.wait_for(piece, attempt.patience))
+        if self.attempt.patience == self.attempt.exchange.timeout:  # httpcore limits it itself
+            return await anext(self.pieces)
+        with anyio.fail_after(self.attempt.patience):
+            return await anext(self.pieces)
 
 
 def unpack(coding: str, body: Any) -> httpx.Response:
