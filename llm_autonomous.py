@@ -1527,8 +1527,8 @@ def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
 class Attempt:
     """One try: the request, and the reply as far as it has arrived. No I/O.
 
-    `execute` passes in the status and headers (`open`), then the bytes (`feed`) until it is `over`, then any exception
-    that got in the way (`failure`), and finally the end (`close`).
+    `execute` passes in the status and headers (`open`), then the bytes (`feed`) until they are `enough`, then any
+    exception that got in the way (`failure`), and finally the end (`close`).
     """
 
     def __init__(
@@ -1549,59 +1549,59 @@ class Attempt:
         self.reply = Reply(ToolCallParser({tool.name for tool in tools}) if tools else None, exchange.validator)
         self.yielded = False  # the user has seen some of the answer
         self.failure: Exception | None = None
-        self.refusal: httpx.Response | None = None  # the reply, if its status is not 2xx
-        self.refusal_body = b""
+        self.error_head: httpx.Response | None = None  # status and headers, if the status is not 2xx
+        self.error_body = b""  # the beginning of what follows them
         self.coding = ""  # how the reply is compressed
-        self.patience = exchange.timeout  # seconds to wait for the next bytes
-        self.deadline = 0.0  # when to stop reading, by time.monotonic(), once nothing important is left
-        self.over = False  # reading on is pointless
+        self.read_timeout = exchange.timeout  # seconds to wait for the next bytes
+        self.deadline = 0.0  # when to stop reading, by time.monotonic(), if the answer is already complete
+        self.enough = False  # nothing that still arrives is worth reading
 
     def open(self, head: httpx.Response) -> None:
         """Take the status and headers of the reply."""
         if not head.is_success:
-            self.refusal = head
-            self._hurry(ERROR_BODY_TIMEOUT)
+            self.error_head = head
+            self._read_on(ERROR_BODY_TIMEOUT)
         named = head.headers.get("content-encoding", "")
         codings = [found[0].removeprefix("x-") for found in re.finditer(CODINGS, named.lower())]
-        if codings in ([], ["gzip"], ["deflate"]):
-            self.coding = "".join(codings)
-        else:  # we did not ask for it, and one compression inside another can expand to terabytes
-            self.reply.error = AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
+        if codings not in ([], ["gzip"], ["deflate"]):
+            # We did not ask for it, and one compression inside another can expand to terabytes.
+            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
+        self.coding = "".join(codings)
 
     def feed(self, data: bytes) -> list[Any]:
         """Take the next bytes of the reply, and return the pieces of the answer that they complete."""
-        if self.refusal:
-            self.refusal_body += data[: MAX_PAGE_BYTES - len(self.refusal_body)]
-            self.over = len(self.refusal_body) == MAX_PAGE_BYTES
-            self._hurry(ERROR_BODY_TIMEOUT)
+        if self.error_head:
+            self.error_body += data[: MAX_PAGE_BYTES - len(self.error_body)]
+            self.enough = len(self.error_body) == MAX_PAGE_BYTES
+            self._read_on(ERROR_BODY_TIMEOUT)
             return []
         reply = self.reply
         pieces = reply.feed(data)
         if reply.error:
-            self.over = True
+            self.enough = True
         elif reply.whole:
             # Reading on to the end keeps the connection alive for the next prompt, and may bring the usage. It is not
             # worth waiting long for.
-            self._hurry(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, renew=bool(pieces))
+            self._read_on(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, restart=bool(pieces))
         else:
-            self.patience, self.deadline = self.exchange.timeout, 0.0
+            self.read_timeout, self.deadline = self.exchange.timeout, 0.0
         # Calls come out in `close`. Joined, the texts are less work for `llm`.
         if len(pieces) > 1 and all(isinstance(piece, str) for piece in pieces):
             pieces = ["".join(pieces)]
         return self._out(pieces)
 
-    def _hurry(self, seconds: float, renew: bool = False) -> None:
+    def _read_on(self, seconds: float, restart: bool = False) -> None:
+        """Read on for at most ``seconds``, counted from the first call with this limit, or from now to ``restart``."""
         seconds = min(seconds, self.exchange.timeout)
-        if seconds != self.patience or renew or not self.deadline:
-            self.patience, self.deadline = seconds, time.monotonic() + seconds
-        self.over = self.over or time.monotonic() > self.deadline
+        if restart or seconds != self.read_timeout or not self.deadline:
+            self.read_timeout, self.deadline = seconds, time.monotonic() + seconds
+        elif time.monotonic() > self.deadline:
+            self.enough = True
 
     def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
-        if self.refusal:
-            self.reply.error = status_error(self.refusal, b"" if self.reply.error else self.refusal_body)
-            return []
-        return self._out(self.reply.close(self.failure, self.exchange.timeout))
+        failure = status_error(self.error_head, self.error_body) if self.error_head else self.failure
+        return self._out(self.reply.close(failure, self.exchange.timeout))
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1707,7 +1707,9 @@ class Pool:
             yield
         finally:
             _pools.pop(self, None)
-            if self.key[0] == os.getpid():  # a child process must not close its parent's connections
+            # A child process must not close its parent's connections. And a loop that never shut down, as nest_asyncio
+            # leaves its own, no longer runs at the end of the process, so it cannot close anything.
+            if self.key[0] == os.getpid() and self.loop.is_running():
                 await self.client.aclose()
 
     async def __aenter__(self) -> httpx.AsyncClient:
@@ -1747,7 +1749,7 @@ async def take_pool(proxy: str | None) -> Pool:
 
 
 def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
-    """The body of a reply. The attempt's `patience` says how long to wait for each piece of it.
+    """The body of a reply. The attempt's `read_timeout` says how long to wait for each piece of it.
 
     httpcore looks up the timeout when it starts to iterate over a body, and can start again in the middle. So starting
     again is how to change it, and no later attempt can inherit the change.
@@ -1755,18 +1757,22 @@ def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
     started = []  # all of them are kept: one that is dropped before its end would close the connection
     live = "network_stream" in head.extensions  # a canned reply would start again at its beginning
     while True:
-        patience = attempt.request.extensions["timeout"]["read"] = attempt.patience
+        limit = attempt.request.extensions["timeout"]["read"] = attempt.read_timeout
         started.append(iter(cast("httpx.SyncByteStream", head.stream)))
         for data in started[-1]:
             yield data
-            if attempt.patience != patience and live:
+            if attempt.read_timeout != limit and live:
                 break
         else:
             return
 
 
 class AsyncBody:
-    """The same for async, where there is a way to limit any wait. No generator: see `AsyncAutonomous.execute`."""
+    """The same for async. No generator: see `AsyncAutonomous.execute`.
+
+    A wait is limited as httpcore limits its own, by anyio. asyncio's ways of limiting one could also cancel httpcore
+    while it closes a connection, which would then stay in the pool for ever: it is shielded from anyio's alone.
+    """
 
     def __init__(self, head: httpx.Response, attempt: Attempt) -> None:
         self.pieces = aiter(cast("httpx.AsyncByteStream", head.stream))
@@ -1776,11 +1782,12 @@ class AsyncBody:
         return self
 
     async def __anext__(self) -> bytes:
-        import asyncio
+        import anyio  # which comes with httpx
 
-        attempt, piece = self.attempt, anext(self.pieces)
-        limited_by_httpx = attempt.patience == attempt.exchange.timeout
-        return await (piece if limited_by_httpx else asyncio.wait_for(piece, attempt.patience))
+        if self.attempt.read_timeout == self.attempt.exchange.timeout:  # httpcore limits it itself
+            return await anext(self.pieces)
+        with anyio.fail_after(self.attempt.read_timeout):
+            return await anext(self.pieces)
 
 
 def unpack(coding: str, body: Any) -> httpx.Response:
@@ -1823,7 +1830,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                     body = read_sync(head, attempt)
                     for data in unpack(attempt.coding, body).iter_bytes() if attempt.coding else body:
                         yield from attempt.feed(data)
-                        if attempt.over:
+                        if attempt.enough:
                             break
             except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
                 attempt.failure = failure
@@ -1858,7 +1865,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                         async for data in unpack(attempt.coding, body).aiter_bytes() if attempt.coding else body:
                             for piece in attempt.feed(data):
                                 yield piece
-                            if attempt.over:
+                            if attempt.enough:
                                 break
                 except Exception as failure:
                     attempt.failure = failure
@@ -1954,7 +1961,7 @@ class ShownAttempt(Attempt):
         return super().feed(data)
 
     def close(self) -> list[Any]:
-        end = root_reason(self.failure)[0] if self.failure else "stopped reading" if self.over else "the end"
+        end = root_reason(self.failure)[0] if self.failure else "stopped reading" if self.enough else "the end"
         self.show("!", end.encode())
         return super().close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httpcore
 import httpx
 import llm
 import pytest
@@ -169,6 +171,34 @@ def test_done_has_ended_the_answer(
     assert ask().text == "whole"
     assert ask().text == GOOD
     assert len(server.requests) == 2
+
+
+def test_reply_that_ends_just_as_its_time_runs_out_leaves_no_connection(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait that runs out while httpcore closes the connection does not keep it from closing."""
+    monkeypatch.setattr(llm_autonomous, "DRAIN_TIMEOUT", 0.05)
+    pauses = itertools.cycle(0.04 + 0.001 * step for step in range(30))  # about the time that the end may take
+
+    async def drop_late(request: Request, connection: Connection) -> None:
+        await connection.head()
+        await connection.send(event(delta("ok", finish_reason="stop")) + DONE)
+        await asyncio.sleep(next(pauses))
+        await connection.drop()
+
+    def connections() -> list[Any]:
+        pools = [found for found in gc.get_objects() if type(found) is httpcore.AsyncConnectionPool]
+        return [connection for pool in pools for connection in pool.connections]
+
+    async def ask() -> list[Any]:
+        model = get_async_model("autonomous-llama")
+        for _ in range(4):
+            assert await asyncio.gather(*(model.prompt("hi").text() for _ in range(60))) == ["ok"] * 60
+        return connections()
+
+    server.answer = drop_late
+    earlier = connections()
+    assert [connection for connection in asyncio.run(ask()) if connection not in earlier] == []
 
 
 # One client for each process and proxy
@@ -328,6 +358,18 @@ gc.collect()
 print(gone())
 """
     assert run_python(script) == f"{GOOD}\n{GOOD}\nNone\n"
+
+
+def test_nothing_is_printed_at_the_end_after_a_loop_without_hooks(server: Loopback) -> None:
+    """A loop that nest_asyncio patched sees no async generators and never shuts down; the process ends quietly."""
+    script = """
+import asyncio, sys, llm
+async def ask():
+    sys.set_asyncgen_hooks(None, None)  # as if the loop had not set its own
+    print(await llm.get_async_model("autonomous-llama").prompt("hi").text())
+asyncio.new_event_loop().run_until_complete(ask())
+"""
+    assert run_python(script) == f"{GOOD}\n"
 
 
 # A thousand at once
