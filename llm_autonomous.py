@@ -789,101 +789,133 @@ def begin_of(tag: str, text: str) -> int:
 class ToolCallParser:
     """Splits the text of an answer into text and tool calls. Used only when the model was given tools.
 
-    Hermes and Qwen write a call as JSON in ``<tool_call>`` or ``<tools>``. Llama writes nothing but the JSON: bare,
-    after ``<|python_tag|>``, or in a code fence. That is a call only if it is the whole answer and names tools in
-    ``names``. Everything else is text and comes out unchanged, except for white space next to a call.
+    A call is JSON with the name of an offered tool and an object of arguments, standing on its own: at the start of the
+    answer, in a tag, after ``<|python_tag|>``, or after another call. It is recognized by what it says, not by what it
+    is wrapped in. If something begins as a call but cannot be read, or ends an answer that began with words, the model
+    is asked to write it again. Everything else is text and comes out unchanged, except for white space next to a call.
 
-    Text is passed on at once, but everything from the first call on is held until the end, because one unreadable call
-    makes the model write all of them again. `feed` never raises: such a call is left in `error`, with a correction for
-    the model. The result does not depend on how the text was cut, and the cost is O(n).
+    Text is passed on at once, but everything from the first call on is held until the end, because the model may have
+    to write all calls again. `feed` never raises: the problem is left in `error`, with a correction for the model. The
+    result does not depend on how the text was cut, and the cost is O(n).
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
-        self._at_start = True  # the whole answer may still turn out to be a bare call
-        self._undecided = ""  # a few characters that may be the beginning of a call
-        self._calls = io.StringIO()  # everything from the first call on
-        self._tail = ""  # the last few characters of it
+        self._blank = True  # nothing but white space has been passed on
+        self._undecided = ""  # a few characters that may begin a call
+        self._held = io.StringIO()  # everything from the first call on
         self._parsed = 0  # how much of it there was when it was last parsed
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
-        plain, calls = "", "".join(pieces)
-        if not self._calls.tell():
-            plain, calls, self._undecided = self._partition(self._undecided + calls, end)
-        out: list[Any] = [plain] if plain else []
-        if calls:
-            out += self._hold(calls)
-        if end and self._calls.tell() and not self.error:
-            try:
-                answer, self.finished = read_answer(self._calls.getvalue(), self.names)
-                out += answer
-            except AutonomousError as error:
-                self.error = error
-        return out
-
-    def _partition(self, text: str, end: bool) -> tuple[str, str, str]:
-        """``text`` in three parts: plain text, everything from the first call on, and what is still undecided."""
-        if self._at_start:
-            bare = is_bare_call(text, self.names)
-            if bare is None and not end:
-                return "", "", text
-            self._at_start = False
-            if bare:
-                return "", text, ""
-        if call := re.search(CALL, text):
-            return text[: call.start()], text[call.start() :], ""
-        decided = len(text) if end else begin_of_tag(text)
-        return text[:decided], "", text[decided:]
-
-    def _hold(self, text: str) -> list[Any]:
-        """Hold what looks like calls. If it turns out to be none, return it as the text that it is."""
-        size = self._calls.tell() + self._calls.write(text)
+        text = "".join(pieces)
+        if not self._held.tell():
+            return self._read(self._undecided + text, end)
+        size = self._held.tell() + self._held.write(text)
         if size > MAX_EVENT_BYTES:
             self.error = self.error or too_large("a tool call")
-        recent = self._tail + text
-        self._tail = recent[-len(RESULT_TAG) :]
-        # Words after the JSON mean that it was no call, a result that it was one - unless they are inside a string. To
-        # find out, parse everything, but not again until there is twice as much: that keeps the cost linear.
-        if self.error or size < 2 * self._parsed or not re.search(BEHIND_CALLS, recent):
-            return []
-        self._parsed, held = size, self._calls.getvalue()
-        calls, behind = read_bare_calls(held, self.names)
-        if behind and not calls:
-            self._calls, self._tail, self._parsed = io.StringIO(), "", 0
-            return [held[:behind], *self.feed([held[behind:]])]
-        with contextlib.suppress(AutonomousError):
-            self.finished = read_answer(held, self.names)[1]
-        return []
+        # What is held may turn out to be no call. To find out, parse everything once a bracket closes, and again when
+        # there is twice as much: that keeps the cost linear.
+        early = size < 2 * self._parsed if self._parsed else not re.search(r"[}\]]", text)
+        return [] if self.error or (early and not end) else self._read(self._held.getvalue(), end)
+
+    def _read(self, text: str, end: bool) -> list[Any]:
+        pieces: list[Any] = []
+        first: int | None = None  # where the first call begins
+        start = position = 0  # of the text after the last call, and of what has not been looked at
+        error = None
+        while place := find_call(text, position, self.names, self._blank, end):
+            called = first is not None
+            if place.json is None or (called and RESULT_TAG in text[position : place.start]):
+                break
+            alone = not text[start : place.start].strip() and (called or self._blank)
+            try:
+                calls, position = read_place(text, place, self.names, alone)
+            except AutonomousError as problem:
+                error, first = problem, place.start if first is None else first
+                break
+            if calls:
+                pieces += [text[start : place.start], *calls]
+                first, start = place.start if first is None else first, position
+        self.finished = first is not None and not error and RESULT_TAG in text[position:]
+        if end and not error:
+            pieces += [] if self.finished else [text[start:]]
+            return [piece for piece in pieces if not isinstance(piece, str) or piece.strip() or len(pieces) == 1]
+        self.error = self.error or (error if end else None)
+        cut = first if first is not None else place.start if place else len(text)
+        held, self._undecided = (text[cut:], "") if first is not None else ("", text[cut:])
+        if cut or not self._held.tell():
+            self._held = io.StringIO()
+            self._held.write(held)
+        self._parsed = len(held) if re.search(r"[}\]]", held) else 0
+        self._blank = self._blank and not text[:cut].strip()
+        return [text[:cut]] if cut else []
+
+
+class Place(NamedTuple):
+    """A place in an answer where a call begins."""
+
+    start: int
+    json: int | None  # where its JSON begins; None if it is too early to say whether there is any
+    tag: str = ""  # that it is wrapped in
+    fence: bool = False  # it is in a code fence
 
 
 # Strings, because `re` compiles them when they are first used, and `llm --help` never does.
 RESULT_TAG = "<tool_response>"
-CALL = r"<(?P<tag>tool_call|tools)>\s{0,255}(?=[{\[])"
-CALL_OR_RESULT = rf"{CALL}|{RESULT_TAG}"
-BEHIND_CALLS = rf"[}}\]]\s*[^\s}}\],;{{\[`<]|{RESULT_TAG}"
-CLOSING_TAG = r"[\s;,]*</(tool_call|tools)>"
+OPENING = r"""<(?=[|\w-]|\Z)|`(?=``[^`]|`{0,2}\Z)|\{(?=\s{0,99}(?:["']|\Z))|\[(?=\s{0,99}(?:\[\s{0,99})?(?:[{\w]|\Z))"""
+WRAPPING = r"(?:<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>\s{0,255})?(?P<fence>```[\w-]{0,32}\s{0,255})?"
+HALF_WRAPPING = r"(<\|?[\w-]{0,64}\|?|`{1,2})\Z"
+EXTRA_BRACKETS = r"(?:[\s;,]*[}\]])*"
+CLOSING_FENCE = r"(?:\s*```)?"
+CLOSING_TAGS = r"(?:[\s;,]*</[\w-]+>?)?(?:\s*<\|(?!python_tag)\w+\|>)*"
+NO_WORDS = r"[\s;,]*([{\[]|(</?[\w-]*|<\|\w*\|?|`{1,2})?\Z)"
 SEPARATOR = r"[\s;,]*"
-BEFORE_BARE = r"\s*(<\|python_tag\|>\s*)?(```(json)?\s*)?"
-BEHIND_BARE = rf"(?s)\s*(```\s*)?({RESULT_TAG}.*)?"
 JSON_START = r"""\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
 # A bracket, or a string in JSON's or Python's quotes, even unfinished. An apostrophe within a word is not a quote.
 TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
 
-BARE_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"function":', '{"id":')
-CALL_KEYS = frozenset(("name", "arguments", "parameters", "function", "type", "id"))
+OWN_TAGS = ("tool_call", "tools")  # the tags that the model is asked to use
+CALL_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"function":', '{"id":')
+RESULT_STARTS = (RESULT_TAG, '{"tool_response"')
 
 
-def is_bare_call(text: str, names: Collection[str]) -> bool | None:
-    """Whether an answer that begins with ``text`` looks like a call of one of ``names``; None: too early to say."""
-    starts = [*BARE_STARTS, *(f'{{"name":"{squeezed(name)}"' for name in names)]
-    openings = [before + start for before in ("", "```", "```json", "<|python_tag|>") for start in starts]
-    begin = squeezed(text[:MAX_HELD])
-    if begin.startswith(tuple(openings)):
-        return True
-    return None if len(text) < MAX_HELD and any(opening.startswith(begin) for opening in openings) else False
+def find_call(text: str, position: int, names: Collection[str], blank: bool, end: bool) -> Place | None:
+    """The first place from ``position`` on where a call begins, or may begin unless this is the ``end`` of the answer.
+
+    ``blank`` says that nothing but white space stands before ``text``, so that it may begin with a made-up result.
+    """
+    blanks = skip(r"\s*", text) if blank else -1
+    for opening in re.compile(OPENING).finditer(text, position):
+        place = begins_call(text, opening.start(), names, opening.start() <= blanks)
+        if place and not (end and place.json is None):
+            return place
+    return None
+
+
+def begins_call(text: str, start: int, names: Collection[str], first: bool) -> Place | None:
+    """The place at ``start`` if a call of one of ``names`` begins there or, as the ``first`` thing, a result."""
+    wrapping = re.compile(WRAPPING).match(text, start)
+    assert wrapping
+    tag, begin = wrapping["tag"] or "", wrapping.end()
+    place = Place(start, begin, tag, bool(wrapping["fence"]))
+    if re.compile(rf"\Z|{HALF_WRAPPING}").match(text, begin):
+        return place._replace(json=None)
+    if tag in OWN_TAGS and text[begin] in "{[":
+        return place
+    starts = [*CALL_STARTS, *(f'{{"name":"{squeezed(name)}"' for name in names)]
+    starts += [f"<function={squeezed(name)}" for name in names]
+    if first:
+        starts += RESULT_STARTS
+    if tag == "python_tag" or (first and text[begin] == "["):
+        starts += [f"{squeezed(name)}{call}" for name in names for call in ("(", ".call(")]
+    beginning = squeezed(text[begin : begin + MAX_HELD])
+    if beginning.startswith(tuple(starts)):
+        return place
+    early = len(text) - begin < MAX_HELD and any(start.startswith(beginning) for start in starts)
+    return place._replace(json=None) if early else None
 
 
 def squeezed(text: str) -> str:
@@ -891,53 +923,50 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\s\[]", "", text).replace("'", '"')
 
 
-def begin_of_tag(text: str) -> int:
-    """Where ``text`` ends with the beginning of a call's tag; its length if it does not."""
-    _, bracket, tail = text[-MAX_HELD - len(RESULT_TAG) :].rpartition("<")
-    cut = bracket and any(tag.startswith(tail) or tail.rstrip() == tag for tag in ("tool_call>", "tools>"))
-    return len(text) - len(bracket + tail) if cut else len(text)
+def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> tuple[list[llm.ToolCall], int]:
+    """The calls at a place and the position after them, or no calls and the position up to which it is text.
 
-
-def read_answer(text: str, names: Collection[str]) -> tuple[list[Any], bool]:
-    """The text and calls of an answer, and whether made-up results follow. Raises if a call cannot be read."""
-    calls, behind = read_bare_calls(text, names)
-    if calls:
-        return calls, RESULT_TAG in text[behind:]
-    pieces: list[Any] = []
-    start = 0  # of the text that is not in pieces yet
-    while found := re.compile(CALL_OR_RESULT).search(text, max(start, behind)):
-        if not found["tag"]:
-            if pieces:
-                break
-            behind = found.end()  # with no call before it, a result is just text
-            continue
-        try:
-            values, end = read_values(text, found.end())
-            if found["tag"] == "tools" and any(isinstance(value, dict) and "description" in value for value in values):
-                behind = end  # so is the list of tools that the model was given
-                continue
-            if not values:
-                raise ValueError("there is none in it")
-            calls = [read_call(value) for value in values]
-        except (ValueError, RecursionError) as error:
-            raise broken_call(str(error), text[found.end() :]) from None
-        pieces += [text[start : found.start()], *calls]
-        start = skip(CLOSING_TAG, text, end)
-    else:
-        pieces.append(text[start:])
-    return [piece for piece in pieces if not isinstance(piece, str) or piece.strip()], bool(found)
-
-
-def read_bare_calls(text: str, names: Collection[str]) -> tuple[list[llm.ToolCall], int]:
-    """The calls, if the answer is nothing but bare calls, and the position after the JSON that it begins with."""
-    end = 0
+    ``alone`` says that nothing but calls stands before the place. Raises what the model has to be asked.
+    """
+    begin = end = cast("int", place.json)
+    if squeezed(text[begin : begin + MAX_HELD]).startswith(RESULT_STARTS):
+        raise made_up_result(text[begin:])
+    function = re.compile(r"<function=([^\s>({<]+)[\s>(]*(?={)").match(text, begin)
     try:
-        values, end = read_values(text, skip(BEFORE_BARE, text))
-        calls = [read_call(value) for value in values]
-    except (ValueError, RecursionError):
+        if function:
+            arguments, end = read_value(text, function.end())
+            calls = [read_call({"name": function[1], "arguments": arguments})]
+        else:
+            values, end = read_values(text, begin)
+            calls = read_calls(values, names, place.tag)
+    except (ValueError, RecursionError) as error:
+        closed = closing_bracket(text, begin) if end == begin else end
+        if alone or place.tag or closed is None or re.compile(NO_WORDS).match(text, closed):
+            raise broken_call(str(error), text[begin:]) from None
+        return [], closed
+    if not calls:
         return [], end
-    whole = re.compile(BEHIND_BARE).fullmatch(text, end) and all(call.name in names for call in calls)
-    return calls if whole else [], end
+    end = skip(EXTRA_BRACKETS + (CLOSING_FENCE if place.fence else "") + CLOSING_TAGS, text, end)
+    if alone or place.tag or function:
+        return calls, end
+    if not re.compile(NO_WORDS).match(text, end):  # it is an example among words
+        return [], end
+    raise call_after_words(text[begin:])
+
+
+def read_calls(values: list[Any], names: Collection[str], tag: str) -> list[llm.ToolCall]:
+    """The calls that JSON values stand for, or none if they are text. Raises `ValueError` if one cannot be read."""
+    fields = [call_fields(value) for value in values]
+    if any(repeats_tool(value) for value in values):
+        return []
+    if tag not in OWN_TAGS:
+        may_omit = re.search("tool|function|call", tag)  # arguments
+        offered = any(name in names and (arguments is not None or may_omit) for name, arguments in fields)
+        if not offered or not all(name for name, _ in fields):
+            return []
+    elif not values:
+        raise ValueError("there is none in it")
+    return [read_call(value) for value in values]
 
 
 def read_values(text: str, start: int) -> tuple[list[Any], int]:
@@ -948,8 +977,8 @@ def read_values(text: str, start: int) -> tuple[list[Any], int]:
         value, end = read_value(text, start)
         values += value if isinstance(value, list) else [value]
         start = skip(SEPARATOR, text, end)
-    if text.startswith(("}", "]"), start):
-        raise ValueError(f"it goes on behind its end: {text[start]}")
+    if not values and end == start:
+        raise ValueError("it is no JSON")
     return values, end
 
 
@@ -981,24 +1010,44 @@ def closing_bracket(text: str, start: int) -> int | None:
     return None
 
 
-def read_call(value: Any) -> llm.ToolCall:
-    """The tool call in a JSON value, in any of the shapes that models use. Raises `ValueError` if there is none."""
+def call_fields(value: Any) -> tuple[Any, Any]:
+    """The name and the arguments in a value, in any of the shapes that models use; None for what is not there."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict):
+        return None, None
+    given = [value[key] for key in ("arguments", "parameters") if value.get(key) is not None]
+    name = value.get("name", value.get("function"))
+    return name if isinstance(name, str) else None, next((each for each in given if each), given[0] if given else None)
+
+
+def repeats_tool(value: Any) -> bool:
+    """Whether a value is a tool as the model was given it: its arguments are a JSON schema, and no call."""
+    _, arguments = call_fields(value)
+    schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
+    inner = value.get("function", value) if isinstance(value, dict) else None
+    return schema or (isinstance(inner, dict) and "description" in inner)
+
+
+def read_call(value: Any) -> llm.ToolCall:
+    """The tool call in a JSON value. Raises `ValueError` if there is none."""
+    if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
-    name, arguments = value.get("name", value.get("function")), value.get("arguments", value.get("parameters"))
-    if not (isinstance(name, str) and name.strip() and name.isprintable()):
+    name, arguments = call_fields(value)
+    if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
-    if arguments is None and not CALL_KEYS.issuperset(value):
+    if arguments is None and not {"name", "arguments", "parameters", "function", "type", "id"}.issuperset(value):
         raise ValueError('it has no "arguments"')
     if isinstance(arguments, str):
         arguments = arguments.strip()
-        values, end = read_values(arguments, 0)
+        values, end = read_values(arguments, 0) if arguments.startswith(("{", "[")) else ([], 0)
         arguments = values[0] if len(values) == 1 and end == len(arguments) else arguments or None
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are no JSON object')
-    arguments = json.loads(mended(json.dumps(arguments or {}, ensure_ascii=False)))
+    try:
+        arguments = json.loads(mended(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
+    except ValueError:
+        raise ValueError('its "arguments" hold NaN or Infinity, which are not JSON') from None
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
 
 
@@ -1245,6 +1294,21 @@ def not_understood(start: str) -> AutonomousError:
 
 def too_large(what: str = "an event") -> AutonomousError:
     return AutonomousError(f"the reply holds {what} larger than {MAX_EVENT_BYTES // 1024**2} MiB")
+
+
+def made_up_result(text: str) -> AutonomousError:
+    return AutonomousError(
+        f"the model made up the result of a tool; it begins: {quoted(text)}",
+        correction="No tool was called. Call a tool in <tool_call> and </tool_call>, or answer without one.",
+    )
+
+
+def call_after_words(text: str) -> AutonomousError:
+    return AutonomousError(
+        f"the answer ends with a tool call that is not marked as one; it begins: {quoted(text)}",
+        correction="Your answer ends with a tool call. If you want to call the tool, reply with that call alone, "
+        "between <tool_call> and </tool_call>. If you do not, answer without it.",
+    )
 
 
 def broken_call(problem: str, text: str) -> AutonomousError:
