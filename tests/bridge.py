@@ -49,6 +49,7 @@ class Bridge(Loopback):
         self._fields = {"model": model, **(fields or {})}
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._record = record
+        self.active = 0  # exchanges that are not over yet: a client may have its answer before it is recorded
         self._certificates = httpx.create_ssl_context()  # once, since it takes longer than a request
 
     async def _pass_on(self, request: Request, connection: Connection) -> None:
@@ -60,6 +61,7 @@ class Bridge(Loopback):
         body = {**self._fields, "messages": request.messages, "stream": stream}
         if stream:
             body["stream_options"] = {"include_usage": True}
+        self.active += 1
         received = bytearray()
         exchange: Exchange = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -82,6 +84,7 @@ class Bridge(Loopback):
             raise
         finally:
             self._record({**exchange, **read_reply(bytes(received)), "seconds": round(time.monotonic() - begin, 3)})
+            self.active -= 1
 
     async def _converse(
         self, body: dict[str, Any], connection: Connection, received: bytearray, exchange: Exchange

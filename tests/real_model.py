@@ -46,13 +46,11 @@ class Unreachable(Exception):
     """The server cannot be reached, which says nothing about the model."""
 
 
-def run_task(task: Task, model: Any, options: dict[str, Any], exchanges: list[Exchange] | None) -> Outcome:
-    """What came of a task: what the model did, and whether it was right.
-
-    ``exchanges`` are those that the bridge has recorded; None if there is no bridge.
-    """
-    if exchanges is not None:
-        exchanges.clear()
+def run_task(
+    task: Task, model: Any, options: dict[str, Any], bridge: Bridge | None, exchanges: list[Exchange]
+) -> Outcome:
+    """What came of a task: what the model did, and whether it was right. The bridge records ``exchanges``, if any."""
+    exchanges.clear()
     conversation = model.conversation()
     shown, error, turns, begin = "", "", [], time.monotonic()
     try:
@@ -70,7 +68,9 @@ def run_task(task: Task, model: Any, options: dict[str, Any], exchanges: list[Ex
     except Exception as failure:  # whatever the user would see
         error = f"{type(failure).__name__}: {failure}"
         turns.append((calls_of(conversation.responses[before:]), ""))
-    if exchanges is None:
+    while bridge and bridge.active:
+        time.sleep(0.001)
+    if not bridge:
         exchanges = [native_exchange(response) for response in conversation.responses]
     elif any("status" not in exchange for exchange in exchanges):
         raise Unreachable(exchanges[-1]["error"])
@@ -279,7 +279,8 @@ def main(arguments: list[str]) -> int:
 def run_tasks(tasks: Iterable[Task], options: argparse.Namespace, done: dict[str, Outcome], mark: str) -> None:
     """Run the tasks that are not done yet, and print what came of each."""
     fields = {"temperature": 0, "seed": 1, "max_tokens": options.max_tokens}
-    exchanges: list[Exchange] | None = None
+    exchanges: list[Exchange] = []
+    bridge = None
     with contextlib.ExitStack() as stack:
         if options.baseline:
             model: Any = Chat(
@@ -287,7 +288,6 @@ def run_tasks(tasks: Iterable[Task], options: argparse.Namespace, done: dict[str
             )
             model.key, model.can_stream = "none", not options.whole
         else:
-            exchanges = []
             bridge = stack.enter_context(Bridge(options.to, options.model, fields, record=exchanges.append))
             os.environ.update({"AUTONOMOUS_BASE_URL": bridge.url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"})
             model = llm.get_model(f"autonomous-{options.service_model}")
@@ -295,7 +295,7 @@ def run_tasks(tasks: Iterable[Task], options: argparse.Namespace, done: dict[str
         file = stack.enter_context(options.results.open("a", encoding="utf-8", buffering=1))
         for task in tasks:
             if options.again or done.get(task.id, {}).get("fingerprint") != mark:
-                outcome = {"fingerprint": mark, **run_task(task, model, fields, exchanges)}
+                outcome = {"fingerprint": mark, **run_task(task, model, fields, bridge, exchanges)}
                 file.write(json.dumps(outcome, ensure_ascii=False) + "\n")
                 done[task.id] = outcome
             print(transcript(done[task.id]) if options.transcript else summary(done[task.id]), flush=True)
