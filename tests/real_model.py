@@ -42,13 +42,22 @@ TIMEOUT = 3600.0  # seconds. A slow machine changes no outcome.
 Outcome = dict[str, Any]
 
 
+class Native(Chat):
+    """llm's own OpenAI plugin, with the same sampling as the bridge."""
+
+    def __init__(self, name: str, url: str, fields: dict[str, Any]) -> None:
+        super().__init__("baseline", "none", name, url, supports_tools=True, supports_schema=True)
+        self.fields = fields
+
+    def build_kwargs(self, prompt: llm.Prompt, stream: bool) -> dict[str, Any]:
+        return {**super().build_kwargs(prompt, stream), "extra_body": self.fields}
+
+
 class Unreachable(Exception):
     """The server cannot be reached, which says nothing about the model."""
 
 
-def run_task(
-    task: Task, model: Any, options: dict[str, Any], bridge: Bridge | None, exchanges: list[Exchange]
-) -> Outcome:
+def run_task(task: Task, model: Any, bridge: Bridge | None, exchanges: list[Exchange]) -> Outcome:
     """What came of a task: what the model did, and whether it was right. The bridge records ``exchanges``, if any."""
     exchanges.clear()
     conversation = model.conversation()
@@ -57,7 +66,11 @@ def run_task(
         for turn in task.turns:
             before = len(conversation.responses)
             chain = conversation.chain(
-                turn.prompt, tools=list(task.tools), schema=task.schema, chain_limit=CHAIN_LIMIT, options=options
+                turn.prompt,
+                tools=list(task.tools),
+                schema=task.schema,
+                chain_limit=CHAIN_LIMIT,
+                options={"timeout": TIMEOUT} if bridge else {},
             )
             for text in chain:
                 shown += text
@@ -232,7 +245,14 @@ def fingerprint(options: argparse.Namespace) -> str:
     """What the outcomes depend on, besides the tasks: a task is run again if this has changed."""
     files = [options.words] if options.words else []
     files += [] if options.baseline else [llm_autonomous.__file__]
-    settings = [options.baseline, options.model, options.service_model, options.max_tokens, options.whole]
+    settings = [
+        options.baseline,
+        options.model,
+        options.service_model,
+        options.max_tokens,
+        options.whole,
+        options.cache,
+    ]
     return hashlib.sha256(repr((settings, [Path(file).read_text() for file in files])).encode()).hexdigest()[:12]
 
 
@@ -250,6 +270,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--again", action="store_true", help="run tasks that the results have already")
     parser.add_argument("--transcript", action="store_true", help="print all that was sent and written")
     parser.add_argument("--whole", action="store_true", help="ask for replies that are not streamed")
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="let llama.cpp reuse what it has computed for earlier prompts: faster, but then they change the outcomes",
+    )
     parser.add_argument("--service-model", default="qwen_coder", help="the plugin's model. Default: qwen_coder")
     parser.add_argument("--max-tokens", type=int, default=1024, help="the longest reply. Default: 1024")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print the counts of these results")
@@ -279,23 +304,22 @@ def main(arguments: list[str]) -> int:
 def run_tasks(tasks: Iterable[Task], options: argparse.Namespace, done: dict[str, Outcome], mark: str) -> None:
     """Run the tasks that are not done yet, and print what came of each."""
     fields = {"temperature": 0, "seed": 1, "max_tokens": options.max_tokens}
+    if not options.cache:
+        fields["cache_prompt"] = False
     exchanges: list[Exchange] = []
     bridge = None
     with contextlib.ExitStack() as stack:
         if options.baseline:
-            model: Any = Chat(
-                "baseline", model_name=options.model, api_base=options.to, supports_tools=True, supports_schema=True
-            )
-            model.key, model.can_stream = "none", not options.whole
+            model: Any = Native(options.model, options.to, fields)
         else:
             bridge = stack.enter_context(Bridge(options.to, options.model, fields, record=exchanges.append))
             os.environ.update({"AUTONOMOUS_BASE_URL": bridge.url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"})
             model = llm.get_model(f"autonomous-{options.service_model}")
-            model.can_stream, fields = not options.whole, {"timeout": TIMEOUT}
+        model.can_stream = not options.whole
         file = stack.enter_context(options.results.open("a", encoding="utf-8", buffering=1))
         for task in tasks:
             if options.again or done.get(task.id, {}).get("fingerprint") != mark:
-                outcome = {"fingerprint": mark, **run_task(task, model, fields, bridge, exchanges)}
+                outcome = {"fingerprint": mark, **run_task(task, model, bridge, exchanges)}
                 file.write(json.dumps(outcome, ensure_ascii=False) + "\n")
                 done[task.id] = outcome
             print(transcript(done[task.id]) if options.transcript else summary(done[task.id]), flush=True)
