@@ -154,6 +154,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--log", metavar="FILE", help="add each exchange to this file, as a line of JSON")
     parser.add_argument("command", nargs=argparse.REMAINDER, help='such as: llm -m autonomous-llama "Hello"')
     options = parser.parse_args(arguments)
+    if not options.to.startswith(("http://", "https://")):
+        parser.error("--to must be an http:// or https:// URL, such as http://127.0.0.1:11434/v1")
     key = os.environ.get(options.key_variable, "") if options.key_variable else ""
     if options.key_variable and not key:
         parser.error(f"the environment variable {options.key_variable} is not set")

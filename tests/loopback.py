@@ -211,7 +211,7 @@ def check(request: Request) -> str | None:
     """What is wrong with a request, by the protocol."""
     try:
         payload, messages = request.payload, request.messages
-    except (ValueError, KeyError, AssertionError, binascii.Error) as error:
+    except (ValueError, TypeError, KeyError, AssertionError, binascii.Error) as error:
         return f"the body cannot be read: {error}"
     model = payload.get("aiAgent")
     if sorted(payload) != ["aiAgent", "messages", "stream", "threadId"]:
@@ -419,8 +419,8 @@ def environment(url: str) -> dict[str, str]:
 def run(command: list[str], url: str) -> int:
     """Run a command that talks to the server at ``url``, or serve until Ctrl-C if there is none. Its exit code."""
     if not command:
-        print(f"export AUTONOMOUS_BASE_URL={url}", flush=True)
         try:
+            print(f"export AUTONOMOUS_BASE_URL={url}", flush=True)
             signal.pause()
         except KeyboardInterrupt:
             return 0
