@@ -99,14 +99,13 @@ class Bridge(Loopback):
             exchange["status"] = reply.status_code
             status = f"{reply.status_code} {reply.reason_phrase}"
             headers = {name: reply.headers[name] for name in PASSED_ON if name in reply.headers}
-            streamed = body["stream"] and reply.status_code == 200
-            if streamed:
+            if body["stream"]:
                 await connection.head(status, headers)
             async for data in reply.aiter_bytes():
                 received += data
-                if streamed:
+                if body["stream"]:
                     await connection.send(data)
-        if streamed:
+        if body["stream"]:
             await connection.end()
         else:
             await connection.whole(bytes(received), status, headers)

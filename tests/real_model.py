@@ -69,6 +69,7 @@ def run_task(task: Task, model: Any, bridge: Bridge | None, exchanges: list[Exch
                 turn.prompt,
                 tools=list(task.tools),
                 schema=task.schema,
+                stream=model.can_stream,
                 chain_limit=CHAIN_LIMIT,
                 options={"timeout": TIMEOUT} if bridge else {},
             )
@@ -297,6 +298,9 @@ def main(arguments: list[str]) -> int:
     except Unreachable as failure:
         print(f"the server cannot be reached, so the run ends here: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     print(table({options.results.stem: [done[id] for id in tasks]}))
     return 0
 

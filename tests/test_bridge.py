@@ -250,8 +250,11 @@ def test_the_bridge_serves_until_ctrl_c(start: Start) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--to", NOWHERE, "--model", "tiny", "--key-variable", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
-        (["--to", "127.0.0.1:8080", "--model", "tiny"], "--to must be an http:// or https:// URL"),
+        (
+            ["--to", NOWHERE, "--model", "tiny", "--key-variable", "NO_SUCH_KEY", "no-such-command"],
+            "NO_SUCH_KEY is not set",
+        ),
+        (["--to", "127.0.0.1:8080", "--model", "tiny", "no-such-command"], "--to must be an http:// or https:// URL"),
     ],
 )
 def test_what_is_wrong_with_the_options_is_said_at_once(
