@@ -222,7 +222,7 @@ def check(request: Request) -> str | None:
     """What is wrong with a request, by the protocol."""
     try:
         payload, messages = request.payload, request.messages
-    except (ValueError, KeyError, AssertionError, binascii.Error) as error:
+    except (ValueError, TypeError, KeyError, AssertionError, binascii.Error) as error:
         return f"the body cannot be read: {error}"
     model = payload.get("aiAgent")
     if sorted(payload) != ["aiAgent", "messages", "stream", "threadId"]:
@@ -427,25 +427,29 @@ def environment(url: str) -> dict[str, str]:
     return {**os.environ, "AUTONOMOUS_BASE_URL": url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PATH": path}
 
 
+def run(command: list[str], url: str) -> int:
+    """Run a command that talks to the server at ``url``, or serve until Ctrl-C if there is none. Its exit code."""
+    if not command:
+        _default_interrupt()
+        try:
+            print(f"export AUTONOMOUS_BASE_URL={url}", flush=True)
+            signal.pause()
+        except KeyboardInterrupt:
+            return 0
+    # Ctrl-C is the command's to handle: it goes to both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(command, env=environment(url), preexec_fn=_default_interrupt)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
 def main(command: list[str]) -> int:
     with Loopback(speak(pause=0.02)) as server:
-        if not command:
-            _default_interrupt()
-            try:
-                print(f"export AUTONOMOUS_BASE_URL={server.url}", flush=True)
-                signal.pause()
-            except KeyboardInterrupt:
-                return 0
-        # Ctrl-C is the command's to handle: it goes to both.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        settings = environment(server.url)
-        try:
-            process = subprocess.Popen(command, env=settings, preexec_fn=_default_interrupt)
-        except OSError as error:
-            print(f"{command[0]}: {error.strerror}", file=sys.stderr)
-            return 127
-        code = process.wait()
-        return code if code >= 0 else 128 - code
+        return run(command, server.url)
 
 
 def _default_interrupt() -> None:
