@@ -1129,8 +1129,10 @@ class Exchange:
         self.validator = schema_validator(prompt.schema) if prompt.schema else None
         instructions = build_instructions(self.tools, prompt.schema)
         messages = build_messages(prompt.messages, service.attachment_types, bool(self.tools), instructions)
-        last = messages[-1]["content"] if messages and messages[-1]["role"] == "user" else ""
-        if isinstance(last, str) and not last.strip():
+        last = messages[-1] if messages else {"role": "user", "content": ""}
+        # A caller may give the model the beginning of its answer. In a conversation, that is the answer before this.
+        answered = last["role"] == "assistant" and conversation is not None
+        if answered or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
             raise AutonomousError("the prompt is empty: nothing was sent")
         url = endpoint_url(service.endpoint)
         self.auth = (url.username, url.password) if url.userinfo else None
