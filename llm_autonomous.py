@@ -1417,8 +1417,8 @@ def parse_retry_after(value: str) -> float | None:
         return None
 
 
-def transport_error(error: Exception, answered: bool, timeout: float) -> AutonomousError:
-    """The error for an exception from httpx or the libraries below it."""
+def transport_error(error: Exception, answered: bool, timeout: float, proxy: str = "") -> AutonomousError:
+    """The error for an exception from httpx or the libraries below it, and the ``proxy`` that had yet to connect."""
     import httpx
 
     if isinstance(error, AutonomousError):
@@ -1439,16 +1439,18 @@ def transport_error(error: Exception, answered: bool, timeout: float) -> Autonom
             "proxy's certificate authority in SSL_CERT_FILE",
             outage=True,
         )
-    if isinstance(error, httpx.ConnectTimeout):
-        reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
-    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return AutonomousError(f"cannot connect: {reason}", retryable=True, outage=True)
+    if proxy or isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
+        if silent:
+            reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
+        elif not isinstance(error, httpx.TransportError):  # httpcore lets socksio's exceptions through
+            reason = f"it does not answer as a SOCKS proxy ({reason})"
+        through = f" through the proxy {proxy}" if proxy else ""
+        refusal = re.match(r"[0-9]{3}\b", reason)  # the status that an HTTP proxy answered with
+        passing = dropped or isinstance(error, (httpx.ConnectTimeout, httpx.ProxyError))
+        retryable = int(refusal[0]) in RETRY_STATUSES if refusal else passing
+        return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
-    if isinstance(error, httpx.ProxyError):
-        refusal = re.match(r"[0-9]{3}\b", reason)  # the status that an HTTP proxy answered with
-        retryable = refusal is None or int(refusal[0]) in RETRY_STATUSES
-        return AutonomousError(f"the proxy does not connect: {reason}", retryable=retryable)
     if dropped:
         return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
     if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
@@ -1498,12 +1500,15 @@ class Exchange:
         self.validator = schema_validator(prompt.schema) if prompt.schema else None
         instructions = build_instructions(self.tools, prompt.schema)
         messages = build_messages(prompt.messages, service.attachment_types, bool(self.tools), instructions)
-        last = messages[-1]["content"] if messages and messages[-1]["role"] == "user" else ""
-        if isinstance(last, str) and not last.strip():
+        last = messages[-1] if messages else {"role": "user", "content": ""}
+        # A caller may give the model the beginning of its answer. In a conversation, that is the answer before this.
+        answered = last["role"] == "assistant" and conversation is not None
+        if answered or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
             raise AutonomousError("the prompt is empty: nothing was sent")
         url = endpoint_url(service.endpoint)
         self.auth = (url.username, url.password) if url.userinfo else None
         self.url = url.copy_with(userinfo=b"")  # httpx logs it, so it must not have the password
+        self.reuse = True  # connections of earlier prompts may be used
         self.messages, self.stream = messages, stream
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
@@ -1523,7 +1528,11 @@ class Exchange:
                 return
             located = error.located(self.url, attempt.number, checking=limit == 1)
             wait = None if attempt.yielded else retry_wait(error, attempt.number, limit)
-            if error.correction and not attempt.corrected and attempt.number < limit:
+            if attempt.kept and error.retryable:
+                logger.info("%s; trying again on a new connection", located)
+                self.reuse = False
+                attempt = self.model.attempt_type(self, attempt.number, None, attempt.corrected)
+            elif error.correction and not attempt.corrected and attempt.number < limit:
                 logger.info("%s; the model is told", located)
                 attempt = self.model.attempt_type(self, attempt.number + 1, corrected=attempt)
             elif wait is not None:
@@ -1604,8 +1613,12 @@ class Attempt:
         self.number = number  # from 1
         self.wait = wait  # seconds to wait before sending it
         self.corrected = corrected  # the attempt whose answer the model is asked to correct
+        self.connected = False  # a connection was opened for it
+        self.kept = False  # it was sent on an older connection, and no reply has begun
+        self.proxy = ""  # host and port of a proxy that has yet to connect
+        self.stream: Any = None  # the connection to a SOCKS proxy
         limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
-        extensions = {"timeout": limits.as_dict()}
+        extensions = {"timeout": limits.as_dict(), "trace": functools.partial(exchange.model.trace, self)}
         self.request = httpx.Request(
             "POST", exchange.url, headers=build_headers(), content=exchange.body(corrected), extensions=extensions
         )
@@ -1620,8 +1633,36 @@ class Attempt:
         self.deadline = 0.0  # when to stop reading, by time.monotonic(), if the answer is already complete
         self.enough = False  # nothing that still arrives is worth reading
 
+    def trace(self, event: str, info: dict[str, Any]) -> Any:
+        """Take what httpcore does on the way to a reply, and return a stream that it fails to close, if there is one.
+
+        The events are those of https://www.encode.io/httpcore/extensions/#trace.
+        """
+        url, timeouts = self.exchange.url, self.request.extensions["timeout"]
+        if event.endswith(".connect_tcp.started"):
+            self.connected, peer = True, url.copy_with(host=info["host"], port=info["port"])
+            self.proxy = "" if peer == url else peer.copy_with(scheme="proxy").netloc.decode()
+        elif event == "socks.setup_socks5_connection.started":
+            # httpcore waits for a SOCKS proxy without a timeout. For everything it reads later, it sets its own.
+            self.stream = info["stream"]
+            self.stream.read = functools.partial(self.stream.read, timeout=timeouts["connect"])
+        elif event == "socks.setup_socks5_connection.failed":
+            return self.stream
+        elif event == "http11.send_request_headers.started" and info["request"].method == b"CONNECT":
+            timeouts["read"] = timeouts["connect"]
+        elif event.endswith((".send_request_headers.started", "socks.start_tls.started", "proxy.start_tls.started")):
+            self.proxy, timeouts["read"] = "", self.exchange.timeout
+            self.kept = not self.connected
+            if self.kept and not self.exchange.reuse:
+                import httpcore
+
+                raise httpcore.ConnectionNotAvailable  # httpcore closes this connection, and looks for another
+        return None
+
     def open(self, head: httpx.Response) -> None:
         """Take the status and headers of the reply."""
+        self.kept = False
+        self.request.extensions.pop("trace")  # so that no cycle of references holds the attempt
         if not head.is_success:
             self.error_head = head
             self._read_on(ERROR_BODY_TIMEOUT)
@@ -1664,8 +1705,12 @@ class Attempt:
 
     def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
-        failure = status_error(self.error_head, self.error_body) if self.error_head else self.failure
-        return self._out(self.reply.close(failure, self.exchange.timeout))
+        failure, timeout = self.failure, self.exchange.timeout
+        if self.error_head:
+            failure = status_error(self.error_head, self.error_body)
+        elif failure and self.proxy:
+            failure = transport_error(failure, False, timeout, self.proxy)
+        return self._out(self.reply.close(failure, timeout))
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1730,7 +1775,7 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
         if proxy or at_fault:
             message = "the proxy, from -o proxy or the environment, is not a proxy URL: look at "
             raise AutonomousError(message + ("-o proxy" if proxy else at_fault[0])) from None
-        raise AutonomousError("NO_PROXY cannot be read: an IPv6 address stands in it without brackets") from None
+        raise AutonomousError("NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1") from None
 
 
 def sync_client(proxy: str | None) -> httpx.Client:
@@ -1868,6 +1913,7 @@ class _Shared:
     supports_tools = True
     supports_schema = True
     Options = AutonomousOptions
+    trace: Callable[..., Any]
 
     def __init__(self, service: ServiceModel, attempts: int = ATTEMPTS, attempt_type: type[Attempt] = Attempt) -> None:
         self.service = service
@@ -1879,6 +1925,11 @@ class _Shared:
 
 class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Options class
     """A model of the service, as `llm.get_model` gives it."""
+
+    @staticmethod
+    def trace(attempt: Attempt, event: str, info: dict[str, Any]) -> None:
+        if stream := attempt.trace(event, info):
+            stream.close()
 
     def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
@@ -1903,6 +1954,11 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
 
 class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
     """A model of the service, as `llm.get_async_model` gives it."""
+
+    @staticmethod
+    async def trace(attempt: Attempt, event: str, info: dict[str, Any]) -> None:
+        if stream := attempt.trace(event, info):
+            await stream.aclose()
 
     async def execute(
         self,

@@ -145,3 +145,20 @@ class Proxy(Server):
             while data := await source.read(65536):
                 target.write(data)
                 await target.drain()
+
+
+class OddProxy(Server):
+    """What a client takes for a proxy: it says ``words`` to whatever comes, and then nothing, or closes."""
+
+    def __init__(self, *words: bytes, closes: bool = False) -> None:
+        super().__init__()
+        self.words = words
+        self.closes = closes
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for word in self.words:
+            await reader.read(65536)
+            writer.write(word)
+        if not self.closes:  # a client that waits for ever gets an error in the end, and not what it should
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), 10)

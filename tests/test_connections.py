@@ -12,7 +12,9 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpcore
@@ -21,7 +23,7 @@ import llm
 import pytest
 from conftest import Ask, ask_async, ask_sync, get_async_model
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say, speak
-from proxies import PEM, TESTS, Proxy, TlsLoopback, free_port, run_python, tls, until
+from proxies import PEM, TESTS, OddProxy, Proxy, TlsLoopback, free_port, run_python, tls, until
 
 import llm_autonomous
 
@@ -635,6 +637,83 @@ thread.join()
     assert run_python(script, flags=FORKING) == f"{GOOD}\n" * 2
 
 
+# A kept connection that the server closes under a prompt
+
+
+def ask_on_kept_connections(kind: str, server: Loopback, count: int) -> list[Answer]:
+    """Ask ``count`` prompts at once, each on a connection of its own, and then another one. The answers to all."""
+    together = threading.Barrier(count)
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await asyncio.to_thread(together.wait, 10)
+        await speak()(request, connection)
+
+    server.answers.extendleft([answer] * count)
+    if kind == "sync":
+        with ThreadPoolExecutor(count) as threads:
+            first = list(threads.map(lambda _: ask_sync(), range(count)))
+        return [*first, ask_sync()]
+
+    async def ask() -> list[Answer]:
+        return [*await asyncio.gather(*(ask_async() for _ in range(count))), await ask_async()]
+
+    return asyncio.run(ask())
+
+
+@both
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_prompt_on_a_kept_connection_that_closes_is_sent_again_at_once(
+    reset: bool, kind: str, server: Loopback, sleeps: list[float]
+) -> None:
+    """A connection that is lost before the reply, as an idle one may be, costs neither an attempt nor a wait; the next
+    is a new one, though others are kept."""
+
+    async def drop(request: Request, connection: Connection) -> None:
+        await connection.drop(reset)
+
+    server.answers += [drop]
+    assert [answer.text for answer in ask_on_kept_connections(kind, server, 3)] == [GOOD] * 4
+    assert (len(server.requests), server.connections) == (5, 4)
+    assert server.requests[-2].connection <= 3 < server.requests[-1].connection
+    assert sleeps == []
+
+
+@both
+def test_prompt_is_sent_again_only_once_without_counting(kind: str, server: Loopback, sleeps: list[float]) -> None:
+    """A server that drops every request sees three attempts besides the one on a kept connection."""
+
+    async def drop(request: Request, connection: Connection) -> None:
+        await connection.drop()
+
+    server.answers += [drop] * 9
+    answer = ask_on_kept_connections(kind, server, 3)[-1]
+    assert answer.line.endswith(": the connection was lost before any answer (3 attempts)")
+    assert (len(server.requests), server.connections) == (7, 6)
+    assert len(sleeps) == 2
+
+
+@both
+def test_silence_on_a_kept_connection_is_not_tried_again(kind: str, server: Loopback) -> None:
+    """A server that is silent still has the connection: only one that closed it has not seen the prompt."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.stall()
+
+    server.answers += [speak(), answer]
+    if kind == "sync":
+        ask_sync()
+        silent = ask_sync(timeout=0.2)
+    else:
+
+        async def ask() -> Answer:
+            await ask_async()
+            return await ask_async(timeout=0.2)
+
+        silent = asyncio.run(ask())
+    assert "silent for 0.2 s" in silent.line
+    assert len(server.requests) == 2
+
+
 # A reader that stops early
 
 
@@ -787,6 +866,76 @@ def test_no_proxy(variable: str, ask: Ask, server: Loopback, monkeypatch: pytest
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         assert ask().text == GOOD
         assert proxy.targets == []
+
+
+@pytest.mark.parametrize(
+    "words", [(), (b"\5\0",), (b"\5\2", b"\1\0")], ids=["at once", "after the greeting", "after the password"]
+)
+def test_socks_proxy_that_falls_silent(
+    words: tuple[bytes, ...], ask: Ask, behind_proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SOCKS proxy that accepts and then says nothing has the time of connecting, and the line names it. This depends
+    on what httpcore tells its ``trace`` extension: without the stream in it, it waits for ever."""
+    with OddProxy(*words) as proxy:
+        credentials = "" if words == (b"\5\0",) else "user:secret@"
+        monkeypatch.setenv("ALL_PROXY", f"socks5://{credentials}127.0.0.1:{proxy.port}")
+        line = ask(timeout=0.2).line
+        assert line == f"{behind_proxy}: cannot connect through the proxy 127.0.0.1:{proxy.port}: no reply within 0.2 s"
+
+
+def test_http_proxy_that_falls_silent(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An HTTP proxy has the same time to connect to a server with TLS."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
+    monkeypatch.setattr(llm_autonomous, "CONNECT_TIMEOUT", 0.2)
+    with OddProxy() as proxy:
+        line = ask(proxy=f"http://127.0.0.1:{proxy.port}").line
+        assert line == f"service.test: cannot connect through the proxy 127.0.0.1:{proxy.port}: no reply within 0.2 s"
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_server_that_thinks_longer_than_connecting_may_take(
+    scheme: str, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time to connect ends with the connection: the reply to a prompt has its own, through a proxy as well."""
+    monkeypatch.setattr(llm_autonomous, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setenv("SSL_CERT_FILE", str(PEM))
+
+    async def slow(request: Request, connection: Connection) -> None:
+        await asyncio.sleep(0.5)
+        await speak()(request, connection)
+
+    with TlsLoopback() as server, Proxy(scheme) as proxy:
+        server.answer = slow
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url)
+        assert ask(proxy=proxy.url).text == GOOD
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "socks5"])
+def test_proxy_that_is_not_there(scheme: str, ask: Ask, behind_proxy: str, no_backoff: None) -> None:
+    """A connection that a proxy's host refuses is told as that, not as the server's."""
+    address = f"127.0.0.1:{free_port()}"
+    line = ask(proxy=f"{scheme}://{address}").line
+    assert line == f"{behind_proxy}: cannot connect through the proxy {address}: Connection refused (3 attempts)"
+
+
+def test_http_proxy_named_as_socks(ask: Ask, behind_proxy: str) -> None:
+    """A proxy that answers a SOCKS greeting in HTTP is named, and the line says what it is not."""
+    with OddProxy(b"HTTP/1.1 400 Bad Request\r\n\r\n", closes=True) as proxy:
+        line = ask(proxy=f"socks5://127.0.0.1:{proxy.port}").line
+    through = f"cannot connect through the proxy 127.0.0.1:{proxy.port}"
+    assert line == f"{behind_proxy}: {through}: it does not answer as a SOCKS proxy (Malformed reply)"
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_tls_that_fails_through_a_proxy(
+    scheme: str, ask: Ask, monkeypatch: pytest.MonkeyPatch, no_backoff: None
+) -> None:
+    """Once a proxy has connected, what goes wrong is the server's, and no longer said to be the proxy's."""
+    with OddProxy(b"HTTP/1.1 400 Bad Request\r\n\r\n", closes=True) as server, Proxy(scheme) as proxy:
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"https://127.0.0.1:{server.port}")
+        line = ask(proxy=proxy.url).line
+        assert line.startswith(f"127.0.0.1:{server.port}: cannot connect: ")
+        assert "SSL" in line
 
 
 def test_environment_is_read_at_each_prompt(ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:

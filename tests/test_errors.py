@@ -478,10 +478,9 @@ def test_whole_answer_survives_its_connection(ask: Ask, server: Loopback, end: b
 
 
 @pytest.mark.parametrize("prompt", ["", " \n\t", None])
-@pytest.mark.parametrize("system", [None, "Be brief"])
-def test_empty_prompt(ask: Ask, server: Loopback, prompt: str | None, system: str | None) -> None:
+def test_empty_prompt(ask: Ask, server: Loopback, prompt: str | None) -> None:
     """A prompt without any text is an error before anything is sent."""
-    assert ask(prompt, system=system).line == "the prompt is empty: nothing was sent"
+    assert ask(prompt).line == "the prompt is empty: nothing was sent"
     assert server.connections == 0
 
 

@@ -414,11 +414,13 @@ def test_text_of_the_old_completions(stream: bool, ask: Ask, server: Loopback) -
 # The environment
 
 
-def test_no_proxy_that_cannot_be_read_is_named(ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the variable at fault, here one that is no proxy's."""
+def test_no_proxy_with_brackets(ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx reads an IPv6 address in NO_PROXY without brackets: with them, the line says to leave them out."""
     monkeypatch.setenv("NO_PROXY", "localhost,[::1]")
-    assert ask().line.startswith("NO_PROXY cannot be read")
+    assert ask().line == "NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1"
     assert server.requests == []
+    monkeypatch.setenv("NO_PROXY", "localhost,::1")
+    assert ask().text == GOOD
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])

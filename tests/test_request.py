@@ -15,7 +15,7 @@ import httpx
 import llm
 import pytest
 from click.testing import CliRunner
-from conftest import PNG, Ask
+from conftest import PNG, Ask, get_model
 from llm.cli import cli
 from llm.parts import (
     AttachmentPart,
@@ -32,7 +32,7 @@ from loopback import BACKENDS, ENDPOINTS, Loopback, say
 from pydantic import ValidationError
 from pytest_httpx import HTTPXMock
 
-from llm_autonomous import IMAGE_TYPES, AutonomousOptions, build_messages
+from llm_autonomous import IMAGE_TYPES, AutonomousError, AutonomousOptions, build_messages
 
 SERVICE = "https://chatgpt.autonomous.ai/api/v1/ai/"
 COMPLETION = {"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}
@@ -422,10 +422,11 @@ def test_a_conversation_begun_with_another_model_goes_on(ask: Ask, service: HTTP
         pytest.param({"prompt": None}, id="none"),
         pytest.param({"prompt": ""}, id="empty"),
         pytest.param({"prompt": " \t\r\n\u2028"}, id="blank"),
-        pytest.param({"prompt": "", "system": "Be brief"}, id="system prompt only"),
+        pytest.param({"prompt": " ", "system": "Be brief"}, id="blank after a system prompt"),
+        pytest.param({"prompt": "", "tools": [llm.Tool.function(print)]}, id="tools only"),
+        pytest.param({"prompt": None, "schema": {"type": "object"}}, id="a schema only"),
         pytest.param({"prompt": None, "fragments": ["", "\n"]}, id="blank fragments"),
         pytest.param({"prompt": None, "messages": []}, id="no messages"),
-        pytest.param({"prompt": None, "messages": [user("hi"), assistant("ho")]}, id="an answer is last"),
         pytest.param({"prompt": None, "messages": [user("hi"), assistant("ho"), user(" ")]}, id="blank at the end"),
     ],
 )
@@ -449,6 +450,27 @@ def test_an_empty_prompt_is_an_error_before_anything_is_sent(
 def test_a_prompt_need_not_be_typed_text(ask: Ask, service: HTTPXMock, prompt: dict[str, Any]) -> None:
     """An image or a fragment is a prompt."""
     assert ask(model="autonomous-vision", **prompt).text == "fine"
+    assert len(service.get_requests()) == 1
+
+
+def test_a_system_prompt_alone_is_sent(ask: Ask, service: HTTPXMock) -> None:
+    """What to do may all stand in the system prompt, as it does in some templates."""
+    assert ask("", system="Be brief").text == "fine"
+    assert messages_of(only(service)) == [{"role": "system", "content": "Be brief"}]
+
+
+def test_messages_that_end_with_the_beginning_of_an_answer_are_sent(ask: Ask, service: HTTPXMock) -> None:
+    """A model may be given the first words of its answer."""
+    assert ask(None, messages=[user("Count"), assistant("one, two")]).text == "fine"
+    assert messages_of(only(service))[-1] == {"role": "assistant", "content": "one, two"}
+
+
+def test_nothing_typed_in_a_conversation_is_an_empty_prompt(service: HTTPXMock) -> None:
+    """The answer that comes last then is not one that the model should go on with."""
+    chat = get_model("autonomous-llama").conversation()
+    assert chat.prompt("hi").text() == "fine"
+    with pytest.raises(AutonomousError, match="the prompt is empty: nothing was sent"):
+        chat.prompt("").text()
     assert len(service.get_requests()) == 1
 
 

@@ -156,7 +156,7 @@ def test_a_proxy_that_refuses_is_judged_by_its_status(
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
     with Proxy(refusal=f"{status} {HTTPStatus(status).phrase}") as proxy:
         line = ask(proxy=proxy.url).line
-    assert f"the proxy does not connect: {status} {HTTPStatus(status).phrase}" in line
+        assert f"cannot connect through the proxy 127.0.0.1:{proxy.port}: {status} {HTTPStatus(status).phrase}" in line
     assert len(sleeps) == attempts - 1
 
 
