@@ -35,7 +35,7 @@ import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import click
 import llm
@@ -1382,7 +1382,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
     """The error for a reply with a status other than 2xx. ``body`` is as much as could be read."""
     status = quoted(f"HTTP {reply.status_code} {reply.reason_phrase}")
     if 300 <= reply.status_code < 400:
-        target = quoted(reply.headers.get("location", "")) or "nowhere"
+        target = quoted(unquote(reply.headers.get("location", ""))) or "nowhere"
         return AutonomousError(
             f"{status}: redirects to {target}, which is not followed: a prompt goes only to the host you name. "
             f"Set {BASE_URL_VARIABLE} if that is the right one"
@@ -1758,6 +1758,7 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
             # To httpx the two are the same, but before 0.28 it rejects socks5h.
             proxy=proxy.replace("socks5h://", "socks5://", 1) if proxy else None,
             limits=httpx.Limits(max_keepalive_connections=POOL_SIZE, keepalive_expiry=KEEPALIVE),
+            event_hooks={"response": [quote_location if kind is httpx.Client else quote_location_async]},
         )
     except OSError as error:
         reason, _ = root_reason(error)
@@ -1776,6 +1777,20 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
             message = "the proxy, from -o proxy or the environment, is not a proxy URL: look at "
             raise AutonomousError(message + ("-o proxy" if proxy else at_fault[0])) from None
         raise AutonomousError("NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1") from None
+
+
+def quote_location(head: httpx.Response) -> None:
+    """Make a URL of a ``Location`` that is none. httpx parses it and would raise, although no redirect is followed."""
+    import httpx
+
+    try:
+        httpx.URL(head.headers.get("location", ""))
+    except httpx.InvalidURL:
+        head.headers["location"] = quote(head.headers["location"])
+
+
+async def quote_location_async(head: httpx.Response) -> None:
+    quote_location(head)
 
 
 def sync_client(proxy: str | None) -> httpx.Client:
