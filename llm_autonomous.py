@@ -181,20 +181,29 @@ def is_proxy_url(url: str) -> bool:
         return False
 
 
+# Chosen by measurement: tests/README.md has the wordings that were tried, and what a real model did with each.
 TOOL_INSTRUCTIONS = """\
-You can call these tools:
+You can use these tools:
 <tools>
 {tools}
 </tools>
-To call one, write this and nothing behind it:
+If a tool can do what the user asks, call it instead of answering. To call a tool, reply with its name and arguments \
+as JSON inside <tool_call> tags, one <tool_call> for each call:
 <tool_call>
-{{"name": "the name of the tool", "arguments": {{"argument": "value"}}}}
+{{"name": <tool-name>, "arguments": <args-json-object>}}
 </tool_call>
-Several calls are written one behind the other. You are then given the results in <tool_response>: never write them \
-yourself. If you need no tool, just answer."""
+You will get the results in the next message. If no tool fits the request, answer the user directly."""
+RESULT = """\
+Result of {name}:
+<tool_response>
+{output}
+</tool_response>"""
+AFTER_RESULTS = "Now answer my request using this result, or call another tool if one is still needed."
 SCHEMA_INSTRUCTIONS = """\
-{when}nswer with one JSON value that matches this JSON schema, and with nothing else: no code fence, no words.
-{schema}"""
+{when} with a JSON value that follows this JSON schema:
+{schema}
+Fill in the values. Output only the JSON, like this:
+{example}"""
 
 
 def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> str:
@@ -206,9 +215,40 @@ def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> 
         lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in described)
         instructions.append(TOOL_INSTRUCTIONS.format(tools=lines))
     if schema:
-        when = "When you call no tool, a" if tools else "A"
-        instructions.append(SCHEMA_INSTRUCTIONS.format(when=when, schema=json.dumps(schema, ensure_ascii=False)))
+        when = "When you have all you need from the tools, reply" if tools else "Reply"
+        written, example = (json.dumps(value, ensure_ascii=False) for value in (schema, example_of(schema, schema)))
+        instructions.append(SCHEMA_INSTRUCTIONS.format(when=when, schema=written, example=example))
     return "\n\n".join(instructions)
+
+
+def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
+    """A JSON value in the shape that a schema describes: ``"..."`` for a string, ``0`` for a number, and so on."""
+    if not isinstance(schema, dict) or not depth:
+        return "..."
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
+        target: Any = root
+        for key in reference[2:].split("/"):
+            target = target.get(key) if isinstance(target, dict) else None
+        return example_of(target, root, depth - 1)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key) and isinstance(schema[key], list):
+            return example_of(schema[key][0], root, depth - 1)
+    if "const" in schema:
+        return schema["const"]
+    if isinstance(schema.get("enum"), list):
+        return " or ".join(map(str, schema["enum"]))
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        kind = kind[0] if kind else None
+    if kind == "object" or "properties" in schema:
+        properties = schema.get("properties")
+        return {
+            name: example_of(inner, root, depth - 1)
+            for name, inner in (properties.items() if isinstance(properties, dict) else ())
+        }
+    if kind == "array":
+        return [example_of(schema.get("items"), root, depth - 1)]
+    return {"integer": 0, "number": 0, "boolean": True, "null": None}.get(str(kind), "...")
 
 
 def build_messages(
@@ -259,6 +299,8 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
             else:
                 blocks.append(f"[{attachment.type or 'file'} attachment, not shown to this model]")
         previous = part
+    if tools and any(isinstance(part, ToolResultPart) for part in parts):
+        blocks.append(AFTER_RESULTS)
     text = "\n".join(block for block in blocks if block)
     if not images:
         return text
@@ -274,8 +316,9 @@ def call_text(part: ToolCallPart, tools: bool) -> str:
 def result_text(part: ToolResultPart, tools: bool) -> str:
     if not tools:
         return f"[the tool {part.name} {f'failed: {part.exception}' if part.exception else f'returned: {part.output}'}]"
-    error = {"error": part.exception} if part.exception else {}
-    return tagged("tool_response", {"name": part.name, "content": part.output, **error})
+    return RESULT.format(
+        name=part.name, output=part.output or f"Error: {part.exception}" if part.exception else part.output
+    )
 
 
 def tagged(tag: str, value: dict[str, Any]) -> str:
@@ -949,7 +992,7 @@ def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> 
     end = skip(EXTRA_BRACKETS + (CLOSING_FENCE if place.fence else "") + CLOSING_TAGS, text, end)
     if alone or place.tag or function:
         return calls, end
-    if not re.compile(NO_WORDS).match(text, end):  # it is an example among words
+    if not place.fence and not re.compile(NO_WORDS).match(text, end):  # it is part of a sentence
         return [], end
     raise call_after_words(text[begin:])
 
