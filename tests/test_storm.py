@@ -40,7 +40,7 @@ PROMPTS = int(os.environ.get("LLM_AUTONOMOUS_STORM") or 500)
 DEADLINE = 120 + PROMPTS / 5  # seconds for all; a prompt that takes them hangs
 THREADS = 8
 TASKS = 48  # async prompts at once: more than one connection pool takes
-SILENCE = 1.0  # seconds, the timeout of a prompt that meets a stall
+SILENCE = 3.0  # seconds, the timeout of a prompt that meets a stall
 
 # What an answer is made of: among words, all that could be taken for framing.
 WORDS = (
@@ -119,7 +119,7 @@ class Case:
         if faults < 3:
             self.acts.append(self.random.choice(GOOD if self.random.random() < 0.6 else FATAL))
         self.whole = self.acts[-1] in GOOD
-        self.timeout = SILENCE if self.acts[-1].__name__.startswith("stall") else 60.0
+        self.timeout = SILENCE if not self.whole and self.acts[-1].__name__.startswith("stall") else 60.0
 
     def _cut(self, text: str) -> list[str]:
         """The text in at least two pieces, at times between the UTF-16 halves of one character."""
