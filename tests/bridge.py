@@ -21,9 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from loopback import Connection, Loopback, Request, check, run
+from loopback import DONE, Connection, Loopback, Request, check, run
 
 CONNECT_TIMEOUT = 10.0  # seconds. There is no other timeout: a client that is tired of waiting leaves.
+LEFT = "the client left"
 PASSED_ON = ("content-type", "retry-after")
 
 Exchange = dict[str, Any]
@@ -80,7 +81,8 @@ class Bridge(Loopback):
                 words = f"the bridge gets no answer from {self._url}: {exchange['error']}"
                 await connection.whole(error_body(words), "502 Bad Gateway")
         except (asyncio.CancelledError, OSError):
-            exchange["error"] = "the client left"
+            if not received.endswith(DONE):  # after which nothing is worth waiting for
+                exchange["error"] = LEFT
             raise
         finally:
             self._record({**exchange, **read_reply(bytes(received)), "seconds": round(time.monotonic() - begin, 3)})
