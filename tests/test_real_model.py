@@ -62,8 +62,6 @@ def run(upstream: Loopback, results: Path, *arguments: str, replies: Iterator[An
         ("T01", (CALL, CALL, "17 degrees"), {"needless_call"}),
         ("T01", (CALL.replace("berlin", "Bern"), "17 degrees"), {"needless_call"}),
         ("T01", ("It is raining",), set()),
-        ("T01", ("<tool_response>17 degrees</tool_response>",), {"raw"}),
-        ("T01", (CALL, f"17 degrees, says {CALL[12:-13]}"), {"calls_right", "raw"}),
         ("N02", ("Paris",), {"right", "calls_right"}),
         ("N02", (CALL, "Paris"), {"needless_call"}),
         ("N02", ("Rome",), {"calls_right"}),
@@ -125,6 +123,28 @@ def test_a_server_that_cannot_be_reached_is_no_outcome(
     assert real_model.main(["--to", f"{NOWHERE}/v1", "--results", str(results), *mode]) == 1
     assert "the server does not answer" in capsys.readouterr().err
     assert results.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("shown", "raw"),
+    [
+        ("It is raining", False),
+        ("`get_weather` tells the weather: give it a <city>", False),
+        ('{"name": "get_time", "arguments": {}}', False),
+        ('{"name": "get_weather", "temperature": 17}', False),
+        ("<tool_response>17 degrees</tool_response>", True),
+        ("Sure: <tool_call", True),
+        ("<tools>\n</tools>", True),
+        ('```json\n{\n  "name": "get_weather",\n  "arguments": {', True),
+        ("{'function': 'get_weather', 'parameters': {}}", True),
+    ],
+)
+def test_raw_tags_and_calls_are_seen(shown: str, raw: bool) -> None:
+    """The tags that tools are called with, and JSON of a call of an offered tool, however broken."""
+    assert real_model.shows_raw(shown, ["get_weather", "add"]) is raw
+    turns: list[tuple[list[Call], str]] = [([("get_weather", {"city": "Berlin"})], f"17 {shown}")]
+    verdict = real_model.judge(next(task for task in SETS["open"] if task.id == "T01"), turns, shown)
+    assert (verdict["raw"], verdict["right"]) == (raw, not raw)
 
 
 @pytest.mark.parametrize(
