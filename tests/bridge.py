@@ -21,9 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from loopback import Connection, Loopback, Request, check, run
+from loopback import DONE, Connection, Loopback, Request, check, run
 
 CONNECT_TIMEOUT = 10.0  # seconds. There is no other timeout: a client that is tired of waiting leaves.
+LEFT = "the client left"
 PASSED_ON = ("content-type", "retry-after")
 
 Exchange = dict[str, Any]
@@ -80,7 +81,8 @@ class Bridge(Loopback):
                 words = f"the bridge gets no answer from {self._url}: {exchange['error']}"
                 await connection.whole(error_body(words), "502 Bad Gateway")
         except (asyncio.CancelledError, OSError):
-            exchange["error"] = "the client left"
+            if not received.endswith(DONE):  # after which nothing is worth waiting for
+                exchange["error"] = LEFT
             raise
         finally:
             self._record({**exchange, **read_reply(bytes(received)), "seconds": round(time.monotonic() - begin, 3)})
@@ -146,8 +148,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--to", required=True, metavar="URL", help="the server, such as http://127.0.0.1:11434/v1")
     parser.add_argument("--model", required=True, help="the name of the model at that server")
-    parser.add_argument("--temperature", type=float, help="0 for the same answer each time")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 for the most likely answer")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="the longest answer")
     parser.add_argument("--key-variable", metavar="NAME", help="the environment variable that has the server's API key")
     parser.add_argument("--log", metavar="FILE", help="add each exchange to this file, as a line of JSON")

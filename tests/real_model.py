@@ -30,7 +30,7 @@ from typing import Any
 import jsonschema
 import llm
 import openai
-from bridge import Bridge, Exchange
+from bridge import LEFT, Bridge, Exchange
 from llm.default_plugins.openai_models import Chat
 from tasks import SETS, Call, Task, arguments_match
 
@@ -54,7 +54,7 @@ class Native(Chat):
 
 
 class Unreachable(Exception):
-    """The server cannot be reached, which says nothing about the model."""
+    """The server cannot be reached, or answers with an error, which says nothing about the model."""
 
 
 def run_task(task: Task, model: Any, bridge: Bridge | None, exchanges: list[Exchange]) -> Outcome:
@@ -80,20 +80,21 @@ def run_task(task: Task, model: Any, bridge: Bridge | None, exchanges: list[Exch
     except openai.APIConnectionError as failure:
         raise Unreachable(str(failure)) from None
     except Exception as failure:  # whatever the user would see
-        error = f"{type(failure).__name__}: {failure}"
+        error = f"{type(failure).__name__}: {failure}".replace(f"127.0.0.1:{bridge.port if bridge else 0}: ", "")
         turns.append((calls_of(conversation.responses[before:]), ""))
     while bridge and bridge.active:
         time.sleep(0.001)
     if not bridge:
         exchanges = [native_exchange(response) for response in conversation.responses]
-    elif any("status" not in exchange for exchange in exchanges):
-        raise Unreachable(exchanges[-1]["error"])
+    for exchange in exchanges:
+        if exchange.get("error", LEFT) != LEFT or exchange.get("status", 200) not in (200, 400, 500):
+            raise Unreachable(exchange.get("error") or exchange["text"])
     usages = [exchange.get("usage") or {} for exchange in exchanges]
     return {
         "id": task.id,
         "kind": task.kind,
         "tools": len(task.tools),
-        **judge(task, turns, shown, error),
+        **judge(task, turns, shown),
         "error": error,
         "calls": [calls for calls, _ in turns],
         "shown": shown,
@@ -124,19 +125,19 @@ def native_exchange(response: Any) -> Exchange:
     }
 
 
-def judge(task: Task, turns: list[tuple[list[Call], str]], shown: str, error: str) -> dict[str, bool]:
-    complete = len(turns) == len(task.turns) and not error
-    pairs = list(zip(task.turns, turns, strict=False))
+def judge(task: Task, turns: list[tuple[list[Call], str]], shown: str) -> dict[str, bool]:
+    """Whether a task is right, by the calls and the final answer of each turn (empty if it failed)."""
+    pairs = list(zip(task.turns, turns, strict=False))  # there are fewer if a turn failed
     unmatched = [match_calls(calls, turn.calls) for turn, (calls, _) in pairs]
-    raw = task.schema is None and shows_raw(shown, [tool.__name__ for tool in task.tools])
     calls_right = len(turns) == len(task.turns) and not any(missing or needless for missing, needless in unmatched)
+    raw = task.schema is None and shows_raw(shown, [tool.__name__ for tool in task.tools])
     if task.schema is None:
-        answered = complete and all(re.search(turn.final, text, re.I | re.S) for turn, (_, text) in pairs)
+        answered = all(re.search(turn.final, text, re.I | re.S) for turn, (_, text) in pairs)
     else:
-        answered = complete and value_right(task, turns[-1][1])
+        answered = value_right(task, turns[-1][1])
     return {
         "calls_right": calls_right,
-        "right": calls_right and bool(answered) and not raw,
+        "right": calls_right and answered and not raw,
         "raw": raw,
         "needless_call": any(needless for _, needless in unmatched),
     }
@@ -296,7 +297,7 @@ def main(arguments: list[str]) -> int:
     try:
         run_tasks(tasks.values(), options, done, mark)
     except Unreachable as failure:
-        print(f"the server cannot be reached, so the run ends here: {failure}", file=sys.stderr)
+        print(f"the run ends here, because the server does not answer: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

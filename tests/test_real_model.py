@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import real_model
 from conftest import NOWHERE
 from loopback import Connection, Loopback, Request
-from tasks import OPEN, SETS, Call, Optional, arguments_match, one_of, pattern
+from tasks import SETS, Call, Optional, arguments_match, one_of, pattern
 
 import llm_autonomous
 
@@ -61,8 +62,6 @@ def run(upstream: Loopback, results: Path, *arguments: str, replies: Iterator[An
         ("T01", (CALL, CALL, "17 degrees"), {"needless_call"}),
         ("T01", (CALL.replace("berlin", "Bern"), "17 degrees"), {"needless_call"}),
         ("T01", ("It is raining",), set()),
-        ("T01", ("<tool_response>17 degrees</tool_response>",), {"raw"}),
-        ("T01", (CALL, f"17 degrees, says {CALL[12:-13]}"), {"calls_right", "raw"}),
         ("N02", ("Paris",), {"right", "calls_right"}),
         ("N02", (CALL, "Paris"), {"needless_call"}),
         ("N02", ("Rome",), {"calls_right"}),
@@ -122,8 +121,30 @@ def test_a_server_that_cannot_be_reached_is_no_outcome(
     """The run ends, and the task is run again the next time."""
     results = tmp_path / "results.jsonl"
     assert real_model.main(["--to", f"{NOWHERE}/v1", "--results", str(results), *mode]) == 1
-    assert "the server cannot be reached" in capsys.readouterr().err
+    assert "the server does not answer" in capsys.readouterr().err
     assert results.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("shown", "raw"),
+    [
+        ("It is raining", False),
+        ("`get_weather` tells the weather: give it a <city>", False),
+        ('{"name": "get_time", "arguments": {}}', False),
+        ('{"name": "get_weather", "temperature": 17}', False),
+        ("<tool_response>17 degrees</tool_response>", True),
+        ("Sure: <tool_call", True),
+        ("<tools>\n</tools>", True),
+        ('```json\n{\n  "name": "get_weather",\n  "arguments": {', True),
+        ("{'function': 'get_weather', 'parameters': {}}", True),
+    ],
+)
+def test_raw_tags_and_calls_are_seen(shown: str, raw: bool) -> None:
+    """The tags that tools are called with, and JSON of a call of an offered tool, however broken."""
+    assert real_model.shows_raw(shown, ["get_weather", "add"]) is raw
+    turns: list[tuple[list[Call], str]] = [([("get_weather", {"city": "Berlin"})], f"17 {shown}")]
+    verdict = real_model.judge(next(task for task in SETS["open"] if task.id == "T01"), turns, shown)
+    assert (verdict["raw"], verdict["right"]) == (raw, not raw)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +182,8 @@ def test_arguments_match(given: dict[str, Any], right: bool) -> None:
     assert arguments_match(given, wanted) is right
 
 
-def test_no_two_tasks_have_the_same_id() -> None:
-    """It is what the results are kept by."""
-    ids = [task.id for tasks in SETS.values() for task in tasks]
-    assert len(ids) == len(set(ids))
-    assert len(OPEN) == 30
+def test_the_tasks_can_be_judged() -> None:
+    """Each has an id of its own, by which its results are kept, and no final answer is right if it is empty."""
+    tasks = [task for tasks in SETS.values() for task in tasks]
+    assert len({task.id for task in tasks}) == len(tasks)
+    assert not [task.id for task in tasks for turn in task.turns if re.search(turn.final, "")]
