@@ -1677,14 +1677,11 @@ class Attempt:
         self.enough = False  # nothing that still arrives is worth reading
 
     def trace(self, event: str, info: dict[str, Any]) -> Any:
-        """Take what httpcore does on the way to a reply, and return a stream that it fails to close, if there is one.
-
-        The events are those of https://www.encode.io/httpcore/extensions/#trace.
-        """
+        """Take an event of httpcore's ``trace`` extension, and return the stream that it forgets to close, if any."""
         url, timeouts = self.exchange.url, self.request.extensions["timeout"]
         if event.endswith(".connect_tcp.started"):
-            self.connected, peer = True, url.copy_with(host=info["host"], port=info["port"])
-            self.proxy = "" if peer == url else peer.copy_with(scheme="proxy").netloc.decode()
+            self.connected, peer = True, {"host": info["host"], "port": info["port"]}
+            self.proxy = "" if url.copy_with(**peer) == url else url.copy_with(scheme="proxy", **peer).netloc.decode()
         elif event == "socks.setup_socks5_connection.started":
             # httpcore waits for a SOCKS proxy without a timeout. For everything it reads later, it sets its own.
             self.stream = info["stream"]
@@ -1812,13 +1809,11 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
         raise AutonomousError(message) from None
     except (ValueError, httpx.InvalidURL):
         # Neither quote httpx nor chain its exception: both may contain a password.
-        values = {name: os.environ.get(name, "") for name in PROXY_VARIABLES[:-2]}
-        at_fault = [
-            name for name, url in values.items() if url and not is_proxy_url(url if "://" in url else f"http://{url}")
-        ]
-        if proxy or at_fault:
+        urls = {name: os.environ.get(name) for name in PROXY_VARIABLES[:-2]}
+        bad = [name for name, url in urls.items() if url and not is_proxy_url(url if "://" in url else f"http://{url}")]
+        if proxy or bad:
             message = "the proxy, from -o proxy or the environment, is not a proxy URL: look at "
-            raise AutonomousError(message + ("-o proxy" if proxy else at_fault[0])) from None
+            raise AutonomousError(message + ("-o proxy" if proxy else bad[0])) from None
         raise AutonomousError("NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1") from None
 
 

@@ -878,35 +878,34 @@ def test_socks_proxy_that_falls_silent(
     with OddProxy(*words) as proxy:
         credentials = "" if words == (b"\5\0",) else "user:secret@"
         monkeypatch.setenv("ALL_PROXY", f"socks5://{credentials}127.0.0.1:{proxy.port}")
-        line = ask(timeout=0.2).line
-        assert line == f"{behind_proxy}: cannot connect through the proxy 127.0.0.1:{proxy.port}: no reply within 0.2 s"
+        line = ask(timeout=0.5).line
+        assert line == f"{behind_proxy}: cannot connect through the proxy 127.0.0.1:{proxy.port}: no reply within 0.5 s"
 
 
 def test_http_proxy_that_falls_silent(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """An HTTP proxy has the same time to connect to a server with TLS."""
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
-    monkeypatch.setattr(llm_autonomous, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(llm_autonomous, "CONNECT_TIMEOUT", 0.5)
     with OddProxy() as proxy:
         line = ask(proxy=f"http://127.0.0.1:{proxy.port}").line
-        assert line == f"service.test: cannot connect through the proxy 127.0.0.1:{proxy.port}: no reply within 0.2 s"
+        assert line == f"service.test: cannot connect through the proxy 127.0.0.1:{proxy.port}: no reply within 0.5 s"
 
 
-@pytest.mark.parametrize("scheme", ["http", "socks5"])
-def test_server_that_thinks_longer_than_connecting_may_take(
-    scheme: str, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The time to connect ends with the connection: the reply to a prompt has its own, through a proxy as well."""
-    monkeypatch.setattr(llm_autonomous, "CONNECT_TIMEOUT", 0.3)
+def test_proxy_that_has_connected_leaves_the_reply_its_time(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a proxy has to connect, the server does not have to reply: that is the timeout."""
+    limits: list[float] = []
+    opened = llm_autonomous.Attempt.open
+
+    def open(attempt: llm_autonomous.Attempt, head: httpx.Response) -> None:
+        limits.append(attempt.request.extensions["timeout"]["read"])
+        opened(attempt, head)
+
+    monkeypatch.setattr(llm_autonomous.Attempt, "open", open)
     monkeypatch.setenv("SSL_CERT_FILE", str(PEM))
-
-    async def slow(request: Request, connection: Connection) -> None:
-        await asyncio.sleep(0.5)
-        await speak()(request, connection)
-
-    with TlsLoopback() as server, Proxy(scheme) as proxy:
-        server.answer = slow
+    with TlsLoopback() as server, Proxy() as proxy:
         monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url)
-        assert ask(proxy=proxy.url).text == GOOD
+        assert ask(proxy=proxy.url, timeout=45).text == GOOD
+    assert limits == [45]
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "socks5"])
