@@ -561,7 +561,8 @@ class Completion:
         self._index: Any = None  # of the choice that is the answer
         self._index_counts: bool | None = None  # chunks, and names no choice; None while that is not clear
         self._waiting: list[dict[str, Any]] = []  # choices that are part of the answer if the index counts
-        self._seen = {"text": Seen(), "reasoning": Seen()}  # what came in deltas
+        self._length = {"text": 0, "reasoning": 0}  # of what came in deltas, to recognize a repetition of it
+        self._checksum = {"text": 0, "reasoning": 0}
         self._thinking = Thinking()
         # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk, and
         # the other begins the next. Neither half can be printed or stored. This decoder waits for the second.
@@ -619,10 +620,10 @@ class Completion:
                 self.envelope[key] = shallow(chunk[key])
         self._read_end(chunk)
         if not plain and not choices and holds_more(chunk, CHUNK_FIELDS):
-            self.ignored = self.ignored or chunk
             # Whatever else a chunk holds is about the request. An object that is no chunk may hold the answer.
-            if "choices" not in chunk and not str(chunk.get("object")).startswith("chat.completion"):
+            if "choices" not in chunk or is_failure(chunk):
                 self._note()
+            self.ignored = self.ignored or (None if chunk.get("usage") else chunk)
 
     def _read_end(self, holder: dict[str, Any]) -> None:
         """Read the usage and the finish reason in a chunk or a choice."""
@@ -734,12 +735,12 @@ class Completion:
         if self._half or not text.isascii():
             text = self._characters.decode(text.encode("utf-16-le", "surrogatepass"))
             self._half = bool(self._characters.getstate()[0])
-        seen = self._seen[kind]
+        length = self._length[kind]
         if not repeats:
-            seen.length += len(text)
-            seen.checksum = zlib.crc32(text.encode(), seen.checksum)
-        elif zlib.crc32(text[: seen.length].encode()) == seen.checksum:
-            text = text[seen.length :]
+            self._length[kind] = length + len(text)
+            self._checksum[kind] = zlib.crc32(text.encode(), self._checksum[kind])
+        elif zlib.crc32(text[:length].encode()) == self._checksum[kind]:
+            text = text[length:]
         if kind == "text" and self._thinking.over and text:
             self.answered, self.whole = True, False
             pieces.append(text)
@@ -762,15 +763,6 @@ CHUNK_FIELDS |= {"type", "finish_reason"}
 CHOICE_FIELDS = frozenset({"index", "delta", "message", "text", "content", "finish_reason", "logprobs", "usage"})
 MESSAGE_FIELDS = frozenset({"role", "name", "content", "text", "refusal", "tool_calls", "function_call"})
 MESSAGE_FIELDS |= {"reasoning", "reasoning_content"}
-
-
-class Seen:
-    """The length and checksum of a text, by which a repetition of it is recognized without keeping the text."""
-
-    __slots__ = ("checksum", "length")
-
-    def __init__(self) -> None:
-        self.length = self.checksum = 0
 
 
 def holds_more(value: Any, known: frozenset[str]) -> bool:
