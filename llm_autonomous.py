@@ -901,12 +901,13 @@ class Place(NamedTuple):
 # Strings, because `re` compiles them when they are first used, and `llm --help` never does.
 RESULT_TAG = "<tool_response>"
 OPENING = r"""<(?=[|\w-]|\Z)|`(?=``[^`]|`{0,2}\Z)|\{(?=\s{0,99}(?:["']|\Z))|\[(?=\s{0,99}(?:\[\s{0,99})?(?:[{\w]|\Z))"""
-WRAPPING = r"(?:<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>\s{0,255})?(?P<fence>```[\w-]{0,32}\s{0,255})?"
+WRAPPING = r"(?:(?:<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))\s{0,255}){0,3}"
 HALF_WRAPPING = r"(<\|?[\w-]{0,64}\|?|`{1,2})\Z"
+FUNCTION = r"<function[=(/]([\w.-]+)[\s>()=:,\"]*(?={)"
 EXTRA_BRACKETS = r"(?:[\s;,]*[}\]])*"
 CLOSING_FENCE = r"(?:\s*```)?"
-CLOSING_TAGS = r"(?:[\s;,]*</[\w-]+>?)?(?:\s*<\|(?!python_tag)\w+\|>)*"
-NO_WORDS = r"[\s;,]*([{\[]|(</?[\w-]*|<\|\w*\|?|`{1,2})?\Z)"
+CLOSING_TAGS = r"(?:[\s;,]*(?:</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
+NO_WORDS = r"[\s;,]*([{\[]|(<|`{1,2})?\Z)"
 SEPARATOR = r"[\s;,]*"
 JSON_START = r"""\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
 # A bracket, or a string in JSON's or Python's quotes, even unfinished. An apostrophe within a word is not a quote.
@@ -914,7 +915,7 @@ TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)
 
 OWN_TAGS = ("tool_call", "tools")  # the tags that the model is asked to use
 CALL_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"function":', '{"id":')
-RESULT_STARTS = (RESULT_TAG, '{"tool_response"')
+RESULT_STARTS = (RESULT_TAG, '{"tool_response"', '{"name":"tool_response"')
 
 
 def find_call(text: str, position: int, names: Collection[str], blank: bool, end: bool) -> Place | None:
@@ -941,10 +942,10 @@ def begins_call(text: str, start: int, names: Collection[str], first: bool) -> P
     if tag in OWN_TAGS and text[begin] in "{[":
         return place
     starts = [*CALL_STARTS, *(f'{{"name":"{squeezed(name)}"' for name in names)]
-    starts += [f"<function={squeezed(name)}" for name in names]
+    starts += [f"<function{sign}{squeezed(name)}" for name in names for sign in "=(/"]
     if first:
         starts += RESULT_STARTS
-    if tag == "python_tag" or (first and text[begin] == "["):
+    if tag in ("python_tag", *OWN_TAGS) or (first and text[start] == "["):
         starts += [f"{squeezed(name)}{call}" for name in names for call in ("(", ".call(")]
     beginning = squeezed(text[begin : begin + MAX_HELD])
     if beginning.startswith(tuple(starts)):
@@ -966,14 +967,14 @@ def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> 
     begin = end = cast("int", place.json)
     if squeezed(text[begin : begin + MAX_HELD]).startswith(RESULT_STARTS):
         raise made_up_result(text[begin:])
-    function = re.compile(r"<function=([^\s>({<]+)[\s>(]*(?={)").match(text, begin)
+    function = re.compile(FUNCTION).match(text, begin)
     try:
         if function:
             arguments, end = read_value(text, function.end())
             calls = [read_call({"name": function[1], "arguments": arguments})]
+            end = skip(r"\s*\)?", text, end)
         else:
-            values, end = read_values(text, begin)
-            calls = read_calls(values, names, place.tag)
+            calls, end = read_calls(text, begin, names, place.tag)
     except (ValueError, RecursionError) as error:
         closed = closing_bracket(text, begin) if end == begin else end
         if alone or place.tag or closed is None or re.compile(NO_WORDS).match(text, closed):
@@ -981,7 +982,7 @@ def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> 
         return [], closed
     if not calls:
         return [], end
-    end = skip(EXTRA_BRACKETS + (CLOSING_FENCE if place.fence else "") + CLOSING_TAGS, text, end)
+    end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS) * place.fence, text, end)
     if alone or place.tag or function:
         return calls, end
     if not place.fence and not re.compile(NO_WORDS).match(text, end):  # it is part of a sentence
@@ -989,32 +990,36 @@ def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> 
     raise call_after_words(text[begin:])
 
 
-def read_calls(values: list[Any], names: Collection[str], tag: str) -> list[llm.ToolCall]:
-    """The calls that JSON values stand for, or none if they are text. Raises `ValueError` if one cannot be read."""
-    fields = [call_fields(value) for value in values]
-    if any(repeats_tool(value) for value in values):
-        return []
-    if tag not in OWN_TAGS:
-        may_omit = re.search("tool|function|call", tag)  # arguments
-        offered = any(name in names and (arguments is not None or may_omit) for name, arguments in fields)
-        if not offered or not all(name for name, _ in fields):
-            return []
-    elif not values:
-        raise ValueError("there is none in it")
-    return [read_call(value) for value in values]
+def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple[list[llm.ToolCall], int]:
+    """The calls at ``start``, one after another or in lists, and the position after the last.
 
-
-def read_values(text: str, start: int) -> tuple[list[Any], int]:
-    """The objects at ``start``, one after another or in lists, and the position after the last."""
-    values: list[Any] = []
+    If the first value there is text, there are no calls, and the position is the one after it. Raises `ValueError` if
+    a call cannot be read.
+    """
+    calls: list[llm.ToolCall] = []
     end = start
-    while text.startswith(("{", "["), start):
-        value, end = read_value(text, start)
-        values += value if isinstance(value, list) else [value]
+    while not calls or text.startswith(("{", "["), start):
+        value, after = read_value(text, start)
+        values = value if isinstance(value, list) else [value]
+        if not are_calls(values, names, tag, bool(calls)):
+            return calls, end if calls else after
+        calls += [read_call(value) for value in values]
+        if not calls:
+            raise ValueError("there is none in it")
+        end = after
         start = skip(SEPARATOR, text, end)
-    if not values and end == start:
-        raise ValueError("it is no JSON")
-    return values, end
+    return calls, end
+
+
+def are_calls(values: list[Any], names: Collection[str], tag: str, called: bool) -> bool:
+    """Whether values that stand together are calls, or meant to be. ``called`` says that they follow a call."""
+    repeated = any(repeats_tool(value) for value in values)
+    if repeated or tag in OWN_TAGS:
+        return not repeated
+    fields = [call_fields(value) for value in values]
+    may_omit = re.search("tool|function|call|python_tag", tag)  # arguments
+    offered = any(name in names and (may_omit or arguments is not None) for name, arguments in fields)
+    return (called or offered) and all(name for name, _ in fields)
 
 
 def read_value(text: str, start: int) -> tuple[Any, int]:
@@ -1061,7 +1066,7 @@ def repeats_tool(value: Any) -> bool:
     _, arguments = call_fields(value)
     schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
     inner = value.get("function", value) if isinstance(value, dict) else None
-    return schema or (isinstance(inner, dict) and "description" in inner)
+    return schema or (isinstance(inner, dict) and "description" in inner and not inner.get("arguments"))
 
 
 def read_call(value: Any) -> llm.ToolCall:
@@ -1074,9 +1079,9 @@ def read_call(value: Any) -> llm.ToolCall:
     if arguments is None and not {"name", "arguments", "parameters", "function", "type", "id"}.issuperset(value):
         raise ValueError('it has no "arguments"')
     if isinstance(arguments, str):
-        arguments = arguments.strip()
-        values, end = read_values(arguments, 0) if arguments.startswith(("{", "[")) else ([], 0)
-        arguments = values[0] if len(values) == 1 and end == len(arguments) else arguments or None
+        text = arguments.strip()
+        value, end = read_value(text, 0) if text.startswith("{") else (None, 0)
+        arguments = value if end == len(text) else text
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are no JSON object')
     try:

@@ -32,8 +32,16 @@ NAMES = ("add", "now")
 NOW = ("now", {})
 ADD = ("add", {"a": 1})
 ADD_JSON = '{"name": "add", "arguments": {"a": 1}}'
+NOW_JSON = '{"name": "now", "arguments": {}}'
+BOTH_JSON = f"[{ADD_JSON}, {NOW_JSON}]"
 ADD_TAG = f"<tool_call>\n{ADD_JSON}\n</tool_call>"
 NOW_TAG = '<tool_call>{"name": "now"}</tool_call>'
+INDENTED = "\n".join(json.dumps(json.loads(call), indent=2) for call in (ADD_JSON, NOW_JSON))
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+TOOL = f'{{"name": "add", "description": "Adds", "parameters": {SCHEMA}}}'
+OPENAI_TOOL = f'{{"type": "function", "function": {TOOL}}}'
+UNDESCRIBED_TOOL = f'{{"name": "add", "parameters": {SCHEMA}}}'
+TOOL_WITHOUT_ARGUMENTS = '{"name": "now", "parameters": {"properties": {}, "type": "object"}}'
 
 Told = list[Any]  # texts, and (name, arguments) for calls
 
@@ -118,13 +126,14 @@ CALLS = {
     "behind a smaller-than": (f"a <{ADD_TAG}", ["a <", ADD]),
     "behind half a tag": (f"<tool_{ADD_TAG}", ["<tool_", ADD]),
     "behind a tag that is text": (f"The tag <tool_call> is: {ADD_TAG}", ["The tag <tool_call> is:", ADD]),
-    "behind a tag that is doubled": (f"<tool_call>\n{NOW_TAG}", ["<tool_call>", NOW]),
+    "behind a tag that is doubled": (f"<tool_call>\n{NOW_TAG}", [NOW]),
     "smaller-than behind": (f"{NOW_TAG} < b", [NOW, "< b"]),
     "tag in prose behind": (f"{NOW_TAG} with <tool_call>.", [NOW, "with <tool_call>."]),
     "half a tag behind": (f"{NOW_TAG} <tool_", [NOW, "<tool_"]),
-    "in a fence of XML": (f"```xml\n{ADD_TAG}\n```", ["```xml", ADD, "```"]),
+    "in a fence of XML": (f"```xml\n{ADD_TAG}\n```", [ADD]),
     "behind JSON of a call's keys": (f'{{"id": 7}} then {NOW_TAG}', ['{"id": 7} then', NOW]),
-    "behind a call in bare JSON": (f"{ADD_JSON}\n{NOW_TAG}", [ADD_JSON, NOW]),
+    "behind a call in bare JSON": (f"{ADD_JSON}\n{NOW_TAG}", [ADD, NOW]),
+    "behind the tools": (f"<tools>\n{TOOL}\n</tools>\n{ADD_TAG}", [f"<tools>\n{TOOL}\n</tools>", ADD]),
     "behind an answer in JSON": (f'{{"sum": 3}}\n{NOW_TAG}', ['{"sum": 3}', NOW]),
     # Qwen Coder
     "tools": (f"<tools>\n{ADD_JSON}\n</tools>", [ADD]),
@@ -148,7 +157,6 @@ CALLS = {
     "bare with function as the name": ('{"type": "function", "function": "add", "parameters": {"a": 1}}', [ADD]),
     "bare of OpenAI's shape": ('{"type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1}"}}', [ADD]),
     "bare with parameters first": ('{"parameters": {"a": 1}, "name": "add"}', [ADD]),
-    "bare without arguments": ('{"name": "now"}', [NOW]),
     "bare with a semicolon": (f'{ADD_JSON}; {{"name": "now", "parameters": {{}}}}', [ADD, NOW]),
     "bare with a semicolon alone": (f'{ADD_JSON};{{"name": "now", "parameters": {{}}}}', [ADD, NOW]),
     "bare with a semicolon between spaces": (f'{ADD_JSON} ; {{"name": "now"}} ; {ADD_JSON}', [ADD, NOW, ADD]),
@@ -162,6 +170,69 @@ CALLS = {
     "python tag": (f"<|python_tag|>{ADD_JSON}", [ADD]),
     "python tag and a line break": (f"<|python_tag|>\n{ADD_JSON}\n", [ADD]),
     "python tag and two": (f'<|python_tag|>{ADD_JSON}; {{"name": "now"}}', [ADD, NOW]),
+    "python tag and no arguments": ('<|python_tag|>{"name": "now"}', [NOW]),
+    "python tag behind words": (f"Let me add.\n<|python_tag|>{ADD_JSON}<|eom_id|>", ["Let me add.", ADD]),
+    "python tag between words": (f"Let me <|python_tag|>{ADD_JSON} see", ["Let me", ADD, "see"]),
+    "bare and then words": (f"{ADD_JSON}\n\nWould you like more?", [ADD, "Would you like more?"]),
+    "bare list and then words": (f"{BOTH_JSON} Done.", [ADD, NOW, "Done."]),
+    "a fence and then words": (f"```json\n{ADD_JSON}\n```\nThat adds.", [ADD, "That adds."]),
+    "bare and then an unknown name": (
+        f'{ADD_JSON}\n{{"name": "subtract", "arguments": {{}}}}',
+        [ADD, ("subtract", {})],
+    ),
+    "bare and then an answer in a fence": (f'{ADD_JSON}\n```\n{{"a": 1}}\n```', [ADD, '```\n{"a": 1}\n```']),
+    # Tags and fences of other kinds
+    **{
+        f"{what} in {tag}": (f"<{tag}>{space}{json}{space}</{tag}>", told)
+        for tag in ("tool_calls", "function", "function_call", "function-call", "tool", "TOOLCALL", "call")
+        for what, space, json, told in (("one", "\n", ADD_JSON, [ADD]), ("a list", "", BOTH_JSON, [ADD, NOW]))
+    },
+    "another tag behind words": (f"So:\n<function_call>{ADD_JSON}</function_call> Done", ["So:", ADD, "Done"]),
+    "another tag and no arguments": ('<function>{"name": "now"}</function>', [NOW]),
+    "a tag in a tag": (f"<tool_calls>\n{ADD_TAG}\n</tool_calls>", [ADD]),
+    "a fence in the tag": (f"<tool_call>\n```json\n{ADD_JSON}\n```\n</tool_call>", [ADD]),
+    "a fence in the tag, without line breaks": (f"<tool_call>```{ADD_JSON}```</tool_call>", [ADD]),
+    "a fence of two in the tag": (f"<tool_call>\n```json\n{INDENTED}\n```\n</tool_call>", [ADD, NOW]),
+    "a fence in another tag": (f"<tools>\n```json\n{BOTH_JSON}\n```\n</tools>", [ADD, NOW]),
+    **{f"a fence of {name}": (f"```{name}\n{ADD_JSON}\n```", [ADD]) for name in ("JSON", "tool_call", "xml", "python")},
+    "a fence in one line": (f"```json {ADD_JSON} ```", [ADD]),
+    "two fences": (f"```json\n{ADD_JSON}\n```\n\n```json\n{NOW_JSON}\n```\n", [ADD, NOW]),
+    "two fences without a language": (f"```\n{ADD_JSON}\n```\n```\n{NOW_JSON}\n```", [ADD, NOW]),
+    "a fence of two that are indented": (f"```json\n{INDENTED}\n```", [ADD, NOW]),
+    # Ends
+    **{
+        f"{place} and {end!r}": (f"{start}{end}", [ADD])
+        for place, start in (("bare", ADD_JSON), ("in a tag", f"<tool_call>\n{ADD_JSON}"))
+        for end in (
+            *("</tool_calls>", "</tool_call", "</tool", "</", "\n</tool_call>\n", "</tool_call></tool_call>", "</s>"),
+            *("<|eom_id|>", "<|im_end|>", "<|eot_id|>", "\n</tool_call><|im_end|>", "\n<|im_", "<|"),
+        )
+    },
+    "a fence and an end of the turn": (f"```json\n{ADD_JSON}\n```<|im_end|>", [ADD]),
+    "a lonely closing tag and words": (f"{ADD_JSON}\n</tool_call>\nDone", [ADD, "Done"]),
+    # Brackets too many
+    "a brace too many": (f"<tool_call>{ADD_JSON}}}</tool_call>", [ADD]),
+    "a brace too many in two tags": (f"<tool_call>{ADD_JSON}}}</tool_call>\n{NOW_TAG}", [ADD, NOW]),
+    "a brace too many before the next": (f"{ADD_JSON}}}\n{NOW_JSON}}}", [ADD, NOW]),
+    "a brace too many in a fence": (f"```json\n{ADD_JSON}}}\n```", [ADD]),
+    "bare and a brace too many": (f"{ADD_JSON}}}", [ADD]),
+    "bare, a brace too many, and words": (f"{ADD_JSON}}} Would you?", [ADD, "Would you?"]),
+    "bare list and a bracket too many": (f"{BOTH_JSON}]", [ADD, NOW]),
+    "a list and brackets too many": (f"<tool_call>\n{BOTH_JSON}\n]]\n</tool_call>", [ADD, NOW]),
+    # Llama 3.3's functions
+    "a function": ('<function=add>{"a": 1}</function>', [ADD]),
+    "two functions": ('<function=add>{"a": 1}</function>\n<function=now>{}</function>', [ADD, NOW]),
+    "a function among words": ('So: <function=add>{"a": 1}</function> Done.', ["So:", ADD, "Done."]),
+    "a function without an end": ('<function=add>{"a": 1}', [ADD]),
+    "a function and a brace too many": ('<function=add>{"a": 1}}</function>', [ADD]),
+    **{
+        f"a function written {start}": (f'{start}{{"a": 1}}{end}', [ADD])
+        for start, end in (
+            *(("<function=add ", "</function>"), ("<function=add", "</function>"), ("<function=add(", ")</function>")),
+            *(("<function=add,", "</function>"), ('<function=add":', "</function>"), ("<function(add)", "</function>")),
+            ("<function/add>", "</function>"),
+        )
+    },
     # OpenAI's shape in a tag
     "function": ('<tool_call>{"function": {"name": "add", "arguments": {"a": 1}}}</tool_call>', [ADD]),
     "function with an id": (
@@ -175,6 +246,9 @@ CALLS = {
     "null": ('<tool_call>{"name": "now", "arguments": null}</tool_call>', [NOW]),
     "an empty object": ('<tool_call>{"name": "now", "arguments": {}}</tool_call>', [NOW]),
     "parameters in a tag": ('<tool_call>{"name": "add", "parameters": {"a": 1}}</tool_call>', [ADD]),
+    "null beside parameters": ('{"name": "add", "arguments": null, "parameters": {"a": 1}}', [ADD]),
+    "none beside parameters": ('{"name": "add", "arguments": {}, "parameters": {"a": 1}}', [ADD]),
+    "a description beside them": ('{"name": "add", "description": "Adds", "arguments": {"a": 1}}', [ADD]),
     "all types": (
         '<tool_call>{"name": "add", "arguments": {"s": "é", "i": -42, "f": 3.5e2, "b": true, "n": null, "l": [1, []]}}'
         "</tool_call>",
@@ -233,7 +307,6 @@ TEXTS = {
     "tag cut off": "Write <tool_ca",
     "each prefix of a tag": " ".join("<tool_response>"[:n] + "|" + "<tools>"[:n] for n in range(16)),
     "tag in quotes": 'Between "<tool_call>" and "</tool_call>" stands JSON such as {"name": "add"}.',
-    "words in a tag": "<tool_call>add(a=1)</tool_call>",
     "tag and much white space": f"<tool_call>{' ' * 400}{{}}",
     "closing tags": "</tool_call></tools></tool_response>",
     "made-up result without a call": 'See <tool_response>{"name": "add"}</tool_response> for it.',
@@ -245,18 +318,44 @@ TEXTS = {
     "JSON without a name": '{"parameters": {}}',
     "JSON list": '[{"answer": 42}, 1]',
     "JSON list with a call and something else": f'[{ADD_JSON}, {{"answer": 42}}]',
-    "a known and an unknown name": f'{ADD_JSON}\n{{"name": "subtract", "arguments": {{}}}}',
     "a number": "42",
     "a string": '"{\\"name\\": \\"add\\"}"',
-    "a call in JSON, and words": f"{ADD_JSON} is what I would call.",
-    "a call in JSON behind words": f"I would call {ADD_JSON}",
-    "a call in JSON with a nameless end": f"{ADD_JSON}}}",
-    "a call in a fence behind words": f"Like this:\n```json\n{ADD_JSON}\n```",
-    "a call in a fence, and words": f"```json\n{ADD_JSON}\n```\nThat would add.",
-    "bare and cut off": '{"name": "add", "parameters": {"a": 1}',
-    "bare and broken": '{"name": "add", "parameters": {a: 1}}',
-    "bare with arguments that are none": '{"name": "add", "parameters": [1]}',
-    "the tools as they were given": '<tools>\n{"name": "add", "description": "Adds", "parameters": {}}\n</tools>',
+    "a call between words": f"I would call {ADD_JSON} to add.",
+    "a call in a fence between words": f"Like this:\n```json\n{ADD_JSON}\n```\nThat would add.",
+    "a call in code": f"```python\nllm.call('add', a=1)\ncalls = [now(), {ADD_JSON}]\n```",
+    "a call in JSX": f"<App data={{{ADD_JSON}}} />",
+    # The tools themselves
+    "the tool": TOOL,
+    "the tool, undescribed": UNDESCRIBED_TOOL,
+    "the tool, indented": json.dumps(json.loads(TOOL), indent=2),
+    "the tool without arguments": TOOL_WITHOUT_ARGUMENTS,
+    "the tool with a description alone": '{"name": "now", "description": "The time"}',
+    "the tool in OpenAI's shape": OPENAI_TOOL,
+    "the tools": f"{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
+    "the tools in a list": f"[{UNDESCRIBED_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]",
+    "the tools in OpenAI's shape in a list": f"[{OPENAI_TOOL}, {OPENAI_TOOL}]",
+    "the tools in their tag": f"<tools>\n{UNDESCRIBED_TOOL}\n{TOOL_WITHOUT_ARGUMENTS}\n</tools>",
+    "the tool in the tag of a call": f"<tool_call>\n{TOOL}\n</tool_call>",
+    "the tool in another tag": f"<function>{OPENAI_TOOL}</function>",
+    "the tool in a fence": f"```json\n{TOOL}\n```",
+    "the tools in a fence": f"```json\n[{OPENAI_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]\n```",
+    "the tools behind words": f"I can use:\n{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
+    "the tools in a fence among words": f"I can use:\n```json\n{TOOL}\n{UNDESCRIBED_TOOL}\n```\nWhich one?",
+    # Answers
+    "names of tools": '[{"name": "add"}, {"name": "now"}]',
+    "the name of a tool": '{"name": "now"}',
+    "names of tools in lines": '{"name": "add"}\n{"name": "now"}',
+    "names of tools in a fence": '```json\n[{"name": "add"}, {"name": "now"}]\n```',
+    "the name of a tool in another tag": '<answer>{"name": "now"}</answer>',
+    "an answer in a tag": '<answer>{"name": "Rome"}</answer>',
+    "an answer in a tag in a fence": '```xml\n<answer>\n{"name": "Rome", "arguments": {}}\n</answer>\n```',
+    "HTML": '<!DOCTYPE html>\n<html><body class="add">{"name": "add"} [now()]</body></html>',
+    "XML": '<?xml version="1.0"?>\n<tools><tool name="add"/>\n<function>now()</function></tools>',
+    "JSX": "<App>{now()}<b>{add({a: 1})}</b></App>",
+    "code with calls": "```python\n[now() for _ in range(3)]\nadd(a=1)\n```",
+    "calls without brackets": "add(a=1)",
+    "a function that is not offered": '<function=subtract>{"a": 1}</function>',
+    "a link": "[now](https://example.com) is the time.",
     "code": 'def f():\n    return {"name": "add"}["name"] < "b" and f"{x!r}" or [[]]\n',
     "indented code": "    if a < b:\n        return {}\n",
     "a fence of Python": '```python\nx = {"name": "add"}\n```\n',
@@ -282,8 +381,43 @@ BROKEN = {
     "text before it": ('Wait.\n<tool_call>{"name"', ["Wait.\n"], "no valid JSON"),
     "cut off in tools": ('<tools>{"name": "no_close",', [], "no valid JSON"),
     "no brace at the end": ('<tool_call>{"name": "add", "arguments": {"a": 1}</tool_call>', [], "no valid JSON"),
-    "a brace too many at the end": (f"<tool_call>{ADD_JSON}}}</tool_call>", [], "behind its end"),
     "a brace too many": (f"<tool_call>{{{ADD_JSON}}}</tool_call>", [], "no valid JSON"),
+    "words": ("<tool_call>add(a=1)</tool_call>", [], "JSON"),
+    "bare and cut off": ('{"name": "add", "parameters": {"a": 1}', [], "JSON"),
+    "bare and cut off early": ('{"name": "add", "param', [], "JSON"),
+    "bare and broken": ('{"name": "add", "parameters": {a: 1}}', [], "JSON"),
+    "bare and broken, and words": ('{"name": "add", "parameters": {a: 1}} Done.', [], "JSON"),
+    "bare list without an end": (f"[{ADD_JSON}, {NOW_JSON}", [], "JSON"),
+    "bare with arguments that are none": ('{"name": "add", "parameters": [1]}', [], '"arguments"'),
+    "cut off in a fence": (f"```json\n{ADD_JSON[:-1]}\n```", [], "JSON"),
+    "cut off behind words": (f"So: {ADD_JSON[:-1]}", ["So: "], "JSON"),
+    "a broken one behind a good one, both bare": (f"{ADD_JSON}\n{NOW_JSON[:-1]}", [], "JSON"),
+    **{
+        f"{number} in {place}": (f'{start}{{"name": "add", "arguments": {{"a": [{number}]}}}}', [], "not JSON")
+        for number in ("NaN", "Infinity", "-Infinity", "1e999")
+        for place, start in (("a tag", "<tool_call>"), ("bare JSON", ""))
+    },
+    "NaN in a string": ('{"name": "add", "arguments": "{\\"a\\": NaN}"}', [], "not JSON"),
+    "a function without arguments": ("<function=now></function>", [], "JSON"),
+    "a function with broken arguments": ('<function=add>{"a": }</function>', [], "JSON"),
+    "a function with a list": ('<function=add [{"a": 1}]</function>', [], "JSON"),
+    "a function in Python's words": ("<function=add>a=1</function>", [], "JSON"),
+    "a function behind words": ("So: <function=add>a=1</function> Done.", ["So: "], "JSON"),
+    "a function with parameters": (
+        "So:\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>",
+        ["So:\n"],
+        "JSON",
+    ),
+    "a function with parameters in a tag": (
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+        [],
+        "JSON",
+    ),
+    "Python's words": ("[add(a='x')]", [], "JSON"),
+    "two in Python's words": ("[add(a='x', b={}), now()]", [], "JSON"),
+    "python tag and Python's words": ('<|python_tag|>add(a="x")', [], "JSON"),
+    "python tag and a method": ('<|python_tag|>add.call(a="x")', [], "JSON"),
+    "python tag and Python's words behind words": ('So: <|python_tag|>add(a="x")', ["So: "], "JSON"),
     "no value": ('<tool_call>{"name": "add", "arguments": {"a": }}</tool_call>', [], "no valid JSON"),
     "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "no valid JSON"),
     "no JSON at all": ("<tool_call>{add 1}</tool_call>", [], "no valid JSON"),
@@ -362,6 +496,61 @@ def test_a_broken_call_takes_all_others_with_it(broken: str) -> None:
         assert outcome.error
 
 
+AT_THE_END = {
+    "bare": (f"I would call\n{ADD_JSON}", "I would call\n"),
+    "in one line": (f"So: {ADD_JSON}", "So: "),
+    "a list": (f"So: {BOTH_JSON}\n", "So: "),
+    "two": (f"So: {ADD_JSON}\n{NOW_JSON}", "So: "),
+    "a fence": (f"Like this:\n```json\n{ADD_JSON}\n```\n", "Like this:\n"),
+    "a fence without a language": (f"Like this:\n```\n{ADD_JSON}```", "Like this:\n"),
+    "a fence without an end": (f"Like this:\n```json\n{ADD_JSON}", "Like this:\n"),
+    "a fence of two": (f"Like this:\n```json\n{INDENTED}\n```", "Like this:\n"),
+    "a brace too many": (f"So: {ADD_JSON}}}", "So: "),
+    "a lonely closing tag": (f"So:\n{ADD_JSON}\n</tool_call>", "So:\n"),
+    "an end of the turn": (f"So:\n{ADD_JSON}<|im_end|>", "So:\n"),
+    "in JSON": (f'{{"tool_calls": {BOTH_JSON}}}', '{"tool_calls": '),
+    "behind a call and words": (f"{ADD_JSON}\nAnd then\n{NOW_JSON}", ""),
+}
+
+
+@pytest.mark.parametrize(("text", "before"), AT_THE_END.values(), ids=AT_THE_END)
+def test_call_behind_words_at_the_end_is_asked_about(text: str, before: str) -> None:
+    """It may be a call or an example: the model has to say, and the JSON is not shown."""
+    for pieces in ([text], *cuttings(text)):
+        outcome = read(*pieces)
+        assert outcome.told == ([before] if before else [])
+        assert outcome.error
+        assert outcome.error.correction
+        assert "<tool_call>" in outcome.error.correction
+        assert outcome.error.message.isprintable()
+
+
+RESULTS = {
+    "in lines": "<tool_response>\n3\n</tool_response>",
+    "and words": '<tool_response>{"result": 3}</tool_response>\nThat makes 3.',
+    "behind white space": "\n <tool_response>3</tool_response>",
+    "without an end": "<tool_response>",
+    "before a call": f"<tool_response>3</tool_response>{ADD_TAG}",
+    "in a fence": "```xml\n<tool_response>3</tool_response>\n```",
+    "JSON of that name": '{"tool_response": {"result": 3}}',
+    "JSON that names it": '{"name": "tool_response", "content": "3"}',
+    "JSON of that name in a fence": '```json\n{"tool_response": 3}\n```',
+    "JSON of that name in a list": '[{"tool_response": 3}]',
+    "Python's literals": "{'tool_response': 3}",
+}
+
+
+@pytest.mark.parametrize("text", RESULTS.values(), ids=RESULTS)
+def test_made_up_result_that_nothing_precedes_is_asked_about(text: str) -> None:
+    """No tool was called, so it is not shown as if it were the answer."""
+    for pieces in ([text], *cuttings(text)):
+        outcome = read(*pieces)
+        assert "".join(outcome.told).strip() == ""
+        assert outcome.error
+        assert outcome.error.correction
+        assert "made up" in outcome.error.message
+
+
 def test_each_call_has_an_id_of_its_own() -> None:
     """The same call twice is two calls, in one answer as in two."""
     calls = [call for text in (ADD_TAG * 2, ADD_TAG) for call in ToolCallParser({"add"}).feed([text], end=True)]
@@ -435,16 +624,24 @@ KNOWN = [
     "[1",
     '[{"a":',
     "[[1",
-    "```p",
+    "```p ",
     "```json\n# ",
     '```json\n{"a":',
-    "<b",
-    "<|im",
+    "<b ",
+    "<b>w",
+    "<b><i>w",
+    "<|im ",
     "``x",
     "Jason",
     '{"id": 7} t',
-    f"{ADD_JSON} i",
-    f"{ADD_JSON}\n\nw",
+    f"So: {ADD_JSON} i",
+    f"{TOOL}\n",
+    '{"name": "now"}',
+    "<answer>{",
+    "<answer>[1",
+    '<answer>{"name": "R',
+    "[now]",
+    "<function=s",
 ]
 
 
