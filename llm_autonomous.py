@@ -150,15 +150,15 @@ class AutonomousOptions(llm.Options):
     proxy: str | None = Field(
         default=None,
         description=(
-            "Send the prompt through this proxy: an http://, https://, socks5:// or socks5h:// URL without user "
-            "name and password, which LLM would log. Set HTTPS_PROXY for a proxy that needs them."
+            "Proxy to use: an http://, https://, socks5:// or socks5h:// URL. LLM logs options, so if the proxy needs "
+            "a password, set HTTPS_PROXY instead."
         ),
     )
     timeout: float | None = Field(
         default=None,
         gt=0,
         le=MAX_TIMEOUT,
-        description=f"Seconds of silence before the prompt fails, more than 0. Default {DEFAULT_TIMEOUT:g}.",
+        description=f"Seconds to wait for more of the reply before the prompt fails. Default: {DEFAULT_TIMEOUT:g}.",
     )
 
     @field_validator("proxy")
@@ -2054,30 +2054,28 @@ def register_commands(cli: click.Group) -> None:
 @click.group()
 def autonomous() -> None:
     """
-    See which models of Autonomous AI answer
+    Find out which models of Autonomous AI answer
 
-    To list them, with their aliases and options: llm models --options -q autonomous
+    To list the models with their aliases and options, run: llm models --options -q autonomous
     """
 
 
 @autonomous.command()
-@click.option("model_ids", "-m", "--model", multiple=True, help="Model to ask, repeatable (default: all five)")
-@click.option("--timeout", default=20.0, show_default=True, help="Seconds that a whole answer may take")
-@click.option(
-    "options", "-o", "--option", type=(str, str), multiple=True, help="Option for the models, such as: proxy URL"
-)
-@click.option("json_", "--json", is_flag=True, help="Output as JSON, once all is known")
-@click.option("--raw", is_flag=True, help="Show on standard error all that is sent and what comes, one by one")
+@click.option("model_ids", "-m", "--model", multiple=True, help="Model to ask, can be repeated (default: all five)")
+@click.option("--timeout", default=20.0, show_default=True, help="Seconds to wait for each whole answer")
+@click.option("options", "-o", "--option", type=(str, str), multiple=True, help="Model option, such as: -o proxy URL")
+@click.option("json_", "--json", is_flag=True, help="Output JSON, once all models have answered")
+@click.option("--raw", is_flag=True, help="Print raw requests and replies to standard error, one model at a time")
 def check(
     model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, str], ...], json_: bool, raw: bool
 ) -> None:
     """
-    Is it me or them? Ask the models for a word, and see which answer
+    Ask each model for one word, and show which of them answer
 
-    All are asked at once, and each only once. Each gets a row as soon as it is known: the model, its endpoint,
-    and "ok" with the seconds to the first text, or what went wrong. Nothing is logged.
+    The models are asked at the same time, once each. A line for each one shows the model, its endpoint, and either
+    "ok" with the seconds until the first text arrived, or the error. Nothing is logged.
 
-    The exit code is 0 if all answer, and 1 if any does not.
+    The exit code is 0 if all models answer, and 1 otherwise.
     """
     import asyncio
 

@@ -2,7 +2,7 @@
 
     python tests/benchmark.py            one table in Markdown, in about five minutes
     python tests/benchmark.py --quick    the same with few rounds, for development: its figures are rough
-    python tests/benchmark.py --readme   writes the rows that matter to a user into README.md as well
+    python tests/benchmark.py --readme   writes the rows that matter to a user into tests/README.md as well
 
 All clients read the same replies, made beforehand, from a loopback server in a process of its own. The competitors
 take turns within each round, and a ratio is the median of the rounds' ratios, since machines change their speed from
@@ -40,10 +40,10 @@ THINKING = 0.5  # seconds that the server takes for each of them
 PROXY_BUFFER = 8 * 1024  # bytes of events in one HTTP chunk, where they are not sent one by one
 WORD = "word "
 
-README = Path(__file__).parents[1] / "README.md"
-README_TABLE = re.compile(r"(?<=<!-- speed -->\n).*(?=<!-- end of speed -->)", re.DOTALL)
-# The rows for README: words of the figure, and the start of what a user would pick instead.
-README_ROWS = (
+PAGE = Path(__file__).with_name("README.md")
+SPEED_TABLE = re.compile(r"(?<=<!-- speed -->\n).*(?=<!-- end of speed -->)", re.DOTALL)
+# The rows for that page: words of the figure, and the start of what a user would pick instead.
+SPEED_ROWS = (
     ("one HTTP chunk for each", "OpenAI plugin"),
     ("a turn of a conversation", "OpenAI plugin"),
     ("the first text", "OpenAI plugin"),
@@ -561,23 +561,23 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {name}, {platform.system()}, Python {platform.python_version()}, {versions}."
 
 
-def write_readme(heading: str, rows: list[Row]) -> None:
-    """Put the rows of `README_ROWS` between the two comments in README that mark their place."""
+def write_page(heading: str, rows: list[Row]) -> None:
+    """Put the rows of `SPEED_ROWS` between the two comments in tests/README.md that mark their place."""
     chosen = [
         f"| {' | '.join(row[:4])} |"
-        for figure, other in README_ROWS
+        for figure, other in SPEED_ROWS
         for row in rows
         if figure in row.figure and row.others.startswith(other)
     ]
     table = "\n".join([heading, "", "| figure | this plugin | instead | result |", "|---|---|---|---|", *chosen])
-    README.write_text(README_TABLE.sub(lambda _: f"{table}\n", README.read_text()))
+    PAGE.write_text(SPEED_TABLE.sub(lambda _: f"{table}\n", PAGE.read_text()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--quick", action="store_true", help="few rounds: rough figures")
     parser.add_argument("--only", metavar="FIGURE", help="chunks, turns, first_text, start, growth or at_once")
-    parser.add_argument("--readme", action="store_true", help="write the rows for users into README.md as well")
+    parser.add_argument("--readme", action="store_true", help="write the rows for users into tests/README.md as well")
     for hidden, kind in (("--at-once", int), ("--url", str)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     for hidden in ("--serve", "--openai"):
@@ -618,7 +618,7 @@ def compare(quick: bool, only: str | None, readme: bool) -> None:
                     print(row, flush=True)
                     rows.append(row)
             if readme:
-                write_readme(heading, rows)
+                write_page(heading, rows)
     finally:
         server.kill()
         server.wait()

@@ -322,7 +322,7 @@ def test_the_help_of_the_group_names_the_command() -> None:
     """`llm autonomous --help` says what there is."""
     shown = CliRunner().invoke(cli, ["autonomous", "--help"])
     assert shown.exit_code == 0
-    assert re.search(r"\n  check  Is it me or them\?", shown.output)
+    assert re.search(r"\n  check  Ask each model for one word", shown.output)
 
 
 def test_the_help_of_the_command_says_what_a_user_needs() -> None:
@@ -330,16 +330,16 @@ def test_the_help_of_the_command_says_what_a_user_needs() -> None:
     shown = check("--help")
     words = " ".join(shown.output.split())
     assert shown.exit_code == 0
-    for said in ("-m, --model", "repeatable", "--timeout", "default: 20.0", "-o, --option", "proxy", "--json"):
+    for said in ("-m, --model", "can be repeated", "--timeout", "default: 20.0", "-o, --option", "proxy", "--json"):
         assert said in words
-    assert "The exit code is 0 if all answer, and 1 if any does not." in words
+    assert "The exit code is 0 if all models answer, and 1 otherwise." in words
     assert "Nothing is logged." in words
 
 
 def test_llm_help_lists_the_group() -> None:
     """`llm --help` has a line for it."""
     assert re.search(
-        r"\n  autonomous +See which models of Autonomous AI answer\n", CliRunner().invoke(cli, ["--help"]).output
+        r"\n  autonomous +Find out which models of Autonomous AI answer\n", CliRunner().invoke(cli, ["--help"]).output
     )
 
 

@@ -332,7 +332,7 @@ def test_the_package_is_what_it_says() -> None:
     """Name, version, Python, the three dependencies, and the entry point that `llm` looks for."""
     distribution = importlib.metadata.distribution("llm-autonomous")
     required = [line.replace(" ", "") for line in distribution.requires or [] if "extra ==" not in line]
-    assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.2")
+    assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.3")
     assert distribution.metadata["Requires-Python"] == ">=3.10"
     assert sorted(required) == ["httpx>=0.27", "jsonschema>=4.18", "llm>=0.32"]
     [point] = distribution.entry_points

@@ -590,9 +590,9 @@ def test_the_options_are_shown_with_help() -> None:
     words = " ".join(shown.output.split())
     assert shown.exit_code == 0
     assert (
-        "proxy: str Send the prompt through this proxy: an http://, https://, socks5:// or socks5h:// URL "
-        "without user name and password, which LLM would log. Set HTTPS_PROXY for a proxy that needs them. "
-        "timeout: float Seconds of silence before the prompt fails, more than 0. Default 120." in words
+        "proxy: str Proxy to use: an http://, https://, socks5:// or socks5h:// URL. LLM logs options, so if the proxy "
+        "needs a password, set HTTPS_PROXY instead. "
+        "timeout: float Seconds to wait for more of the reply before the prompt fails. Default: 120." in words
     )
     assert shown.output.count("timeout: float") == len(BACKENDS)
 

@@ -1,4 +1,4 @@
-"""Security: each sentence of that section of the README, and who a prompt and its secrets may not reach."""
+"""Security: what README promises about it, and who a prompt and its secrets may not reach."""
 
 from __future__ import annotations
 
