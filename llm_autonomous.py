@@ -941,12 +941,13 @@ def begins_call(text: str, start: int, names: Collection[str], first: bool) -> P
         return place._replace(json=None)
     if tag in OWN_TAGS and text[begin] in "{[":
         return place
-    starts = [*CALL_STARTS, *(f'{{"name":"{squeezed(name)}"' for name in names)]
-    starts += [f"<function{sign}{squeezed(name)}" for name in names for sign in "=(/"]
+    offered = [squeezed(name) for name in names]
+    starts = [*CALL_STARTS, *(f'{{"name":"{name}"' for name in offered)]
+    starts += [f"<function{sign}{name}" for name in offered for sign in "=(/"]
     if first:
         starts += RESULT_STARTS
     if tag in ("python_tag", *OWN_TAGS) or (first and text[start] == "["):
-        starts += [f"{squeezed(name)}{call}" for name in names for call in ("(", ".call(")]
+        starts += [f"{name}{call}" for name in offered for call in ("(", ".call(")]
     beginning = squeezed(text[begin : begin + MAX_HELD])
     if beginning.startswith(tuple(starts)):
         return place
@@ -968,6 +969,7 @@ def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> 
     if squeezed(text[begin : begin + MAX_HELD]).startswith(RESULT_STARTS):
         raise made_up_result(text[begin:])
     function = re.compile(FUNCTION).match(text, begin)
+    marked = alone or place.tag or text[begin] == "<"
     try:
         if function:
             arguments, end = read_value(text, function.end())
@@ -977,13 +979,13 @@ def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> 
             calls, end = read_calls(text, begin, names, place.tag)
     except (ValueError, RecursionError) as error:
         closed = closing_bracket(text, begin) if end == begin else end
-        if alone or place.tag or closed is None or re.compile(NO_WORDS).match(text, closed):
+        if marked or closed is None or re.compile(NO_WORDS).match(text, closed):
             raise broken_call(str(error), text[begin:]) from None
         return [], closed
     if not calls:
         return [], end
     end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS) * place.fence, text, end)
-    if alone or place.tag or function:
+    if marked:
         return calls, end
     if not place.fence and not re.compile(NO_WORDS).match(text, end):  # it is part of a sentence
         return [], end
@@ -996,19 +998,18 @@ def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple
     If the first value there is text, there are no calls, and the position is the one after it. Raises `ValueError` if
     a call cannot be read.
     """
-    calls: list[llm.ToolCall] = []
+    found: list[Any] = []
     end = start
-    while not calls or text.startswith(("{", "["), start):
+    while not found or text.startswith(("{", "["), start):
         value, after = read_value(text, start)
         values = value if isinstance(value, list) else [value]
-        if not are_calls(values, names, tag, bool(calls)):
-            return calls, end if calls else after
-        calls += [read_call(value) for value in values]
-        if not calls:
-            raise ValueError("there is none in it")
+        if not are_calls(values, names, tag, bool(found)):
+            end = end if found else after
+            break
+        found += values
         end = after
         start = skip(SEPARATOR, text, end)
-    return calls, end
+    return [read_call(value) for value in found], end
 
 
 def are_calls(values: list[Any], names: Collection[str], tag: str, called: bool) -> bool:

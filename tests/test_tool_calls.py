@@ -402,6 +402,7 @@ BROKEN = {
     "a function with broken arguments": ('<function=add>{"a": }</function>', [], "JSON"),
     "a function with a list": ('<function=add [{"a": 1}]</function>', [], "JSON"),
     "a function in Python's words": ("<function=add>a=1</function>", [], "JSON"),
+    "a function with a set behind words": ("So: <function=add>{1}</function> Done.", ["So: "], "JSON"),
     "a function behind words": ("So: <function=add>a=1</function> Done.", ["So: "], "JSON"),
     "a function with parameters": (
         "So:\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>",
@@ -587,27 +588,70 @@ def test_made_up_result_behind_bare_json() -> None:
 
 # What is held
 
-OPENINGS = ("<tool_call>", "<tools>", "<tool_response>")
+# What is the beginning of a call, even of one that cannot be read, or of a made-up result.
+WRAPPER = r"(?:\s|```[\w-]*|<\|?[\w-]+\|?>)*"
+MAY_CALL = (
+    rf"<\|?[\w-]*(?:tool|function|call|python_tag)[\w-]*\|?>{WRAPPER}(?:[{{\[]|add|now)"
+    r"|\[\s*\{\s*[\"']name[\"']:\s*[\"'](?:add|now)|\{\s*[\"']name[\"']:\s*[\"'](?:add|now)[\"'](?!\})"
+    rf"|\A{WRAPPER}<tool_response>|<function[=(/](?:add|now)"
+)
+
+HALF_WRAPPER = r"<\|?[\w-]*\|?|`{1,2}"
+STARTS = [
+    *(
+        '{"type":"function"',
+        '{"parameters":',
+        '{"arguments":',
+        '{"function":',
+        '{"id":',
+        '{"name":"add"',
+        '{"name":"now"',
+    ),
+    *("<function=add", "<function=now", "<function(add", "<function(now", "<function/add", "<function/now"),
+    *("add(", "now(", "add.call(", "now.call("),
+]
 
 
-def may_be_tag(text: str) -> int:
-    """How many of the last characters may still become a tag, or stand between a tag and what tells its meaning."""
-    found = re.search(r"<(tool_call|tools)>\s*\Z", text)
-    length = len(found[0]) if found else 0
-    starts = [n for n in range(1, 16) if any(tag.startswith(text[-n:]) for tag in OPENINGS)]
-    return max(length, *starts, 0) if starts else length
+def may_begin_call(held: str) -> bool:
+    """Whether some text may go on as a call that is wrapped in anything, or not wrapped."""
+    rest = re.sub(rf"\A{WRAPPER}", "", held)
+    squeezed = re.sub(r"[\s\[]", "", rest).replace("'", '"')
+    return bool(re.fullmatch(HALF_WRAPPER, rest)) or any(start.startswith(squeezed) for start in STARTS)
 
 
 @examples
-@given(st.lists(st.sampled_from([*"<>/{}[]ab \n\"'", *OPENINGS, "<tool", "_call", "</tool_call>", "s>"]), max_size=12))
-def test_only_what_may_be_a_tag_is_held(atoms: list[str]) -> None:
-    """One character at a time, all is out but what may still be the tag of a call."""
-    text = re.sub(r"(<(tool_call|tools)>)[{\[\s]*(?=[{\[])[{\[]", r"\1", f"Say: {''.join(atoms)}")
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                *"<>/{}[]ab \n\"'`",
+                *("<tool_call>", "<tools>", "<tool_response>", "<tool", "_call", "</tool_call>", "s>", "<b>", "(a"),
+                *("```", "```json\n", "<|python_tag|>", '{"name": ', '"Bob"', '{"id"', "<function", "<function="),
+            ]
+        ),
+        max_size=12,
+    )
+    .map("".join)
+    .filter(lambda text: not re.search(MAY_CALL, text))
+)
+def test_only_what_may_begin_a_call_is_held(words: str) -> None:
+    """One character at a time, all is out but what may still be the beginning of a call."""
+    text = f"Say: {words}"
     parser, out = ToolCallParser(set(NAMES)), ""
     for n, char in enumerate(text, 1):
         out += "".join(str(piece) for piece in parser.feed([char]))
         assert text.startswith(out)
-        assert n - len(out) <= may_be_tag(text[:n])
+        assert len(out) == n or may_begin_call(text[len(out) : n])
+
+
+@pytest.mark.parametrize(
+    "start", [TOOL, f"[{TOOL}]", f"So: {ADD_JSON} is", '{"id": 7, "for": {}}', f"So: {{{ADD_JSON}}} is"]
+)
+def test_what_turns_out_to_be_text_is_not_held_for_ever(start: str) -> None:
+    """What was held as a call goes out once as much again has come, and what comes then at once."""
+    parser = ToolCallParser(set(NAMES))
+    text = f"{start} {'word ' * (len(start) // 4)}{{}}"
+    assert joined([piece for char in text for piece in parser.feed([char])] + parser.feed([" a"])) == [f"{text} a"]
 
 
 KNOWN = [
@@ -624,7 +668,8 @@ KNOWN = [
     "[1",
     '[{"a":',
     "[[1",
-    "```p ",
+    "```p x",
+    "```json\nx",
     "```json\n# ",
     '```json\n{"a":',
     "<b ",
@@ -634,10 +679,8 @@ KNOWN = [
     "``x",
     "Jason",
     '{"id": 7} t',
-    f"So: {ADD_JSON} i",
-    f"{TOOL}\n",
     '{"name": "now"}',
-    "<answer>{",
+    "<answer>{x",
     "<answer>[1",
     '<answer>{"name": "R',
     "[now]",
@@ -782,23 +825,25 @@ def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
 RICH = [
     *"<>{}[]\"'`\\/:,; \n\ta1é𝄞",
     *("<tool_call", "<tool_call>", "tool_call>", "</tool_call>", "<tools>", "</tools>", "<tool_", "<tool_response"),
+    *("```", "```json\n", "<|python_tag|>", "<|", "<|im_end|>", "<b>", "</b>", "<answer>", "<function>", "<function="),
     *(
-        "```",
-        "```json\n",
-        "<|python_tag|>",
-        "<|",
         '"name"',
         '{"name": ',
-        '{"name": "add", "x": ',
         '{"type": ',
         "{'name'",
+        '{"name": "now"}',
+        '{"name": "Bob"}',
+        '{"a": 1}',
+        "[{",
+        "}]",
+        "}}",
     ),
-    *('{"name": "Bob"}', '{"a": 1}', "[{", "}]", "}}", "\n\n", "  ", "\\n", "if a < b: ", "json", "\u2028"),
+    *(TOOL, OPENAI_TOOL, "[now", "now(", "\n\n", "  ", "\\n", "if a < b: ", "json", "\u2028"),
 ]
 NO_CALLS = (
     st.lists(st.sampled_from(RICH) | st.text(max_size=4), max_size=14)
     .map("".join)
-    .filter(lambda text: not re.search(r"<(tool_call|tools)>\s*[{\[]", text))
+    .filter(lambda text: not re.search(MAY_CALL, text))
 )
 
 
@@ -849,13 +894,17 @@ def call_texts(draw: st.DrawFn) -> tuple[str, tuple[str, dict[str, Any]]]:
     return f"<{tag}>{space}{style(value)}{space}</{tag}>", (name, arguments)
 
 
+# What is no text next to a call: its wrapping, and a result that the model makes up.
+AT_A_CALL = r"\A[\s;,]*(</|<\|)|(<\|?[\w-]+\|?>|```[\w-]*)\s*\Z|<tool_response"
+
+
 @st.composite
 def mixtures(draw: st.DrawFn) -> tuple[str, list[str], Told]:
     """An answer of texts and calls in any order, the same in pieces, and what it says."""
     text, told = "", []
-    for _ in range(draw(st.integers(1, 4))):
-        if draw(st.booleans()):
-            words = draw(NO_CALLS.filter(lambda text: "<tool_response" not in text))
+    for _ in range(draw(st.integers(1, 5))):
+        if not (told and isinstance(told[-1], str)) and draw(st.booleans()):
+            words = draw(NO_CALLS.filter(lambda text: not re.search(AT_A_CALL, text)))
             text, told = text + words, [*told, words]
         else:
             call, said = draw(call_texts())
@@ -884,9 +933,32 @@ def test_any_mixture_of_text_and_calls_comes_in_order(mixture: tuple[str, list[s
     assert outcome.everything == read(text).everything
 
 
+ODD = [
+    *(
+        ADD_JSON,
+        ADD_JSON,
+        NOW_TAG,
+        NOW_JSON,
+        BOTH_JSON,
+        ADD_JSON[:-1],
+        "<tool_call>{",
+        "<tools>[",
+        '{"name": "add", "x": ',
+    ),
+    *(
+        '<function=add>{"a": 1}</function>',
+        "<function=now>",
+        "[add(a=1)]",
+        "<tool_response>",
+        '{"tool_response": 1}',
+        "NaN",
+    ),
+]
+
+
 @examples
 @given(
-    st.lists(st.sampled_from([*RICH, ADD_JSON, NOW_TAG, "<tool_call>{", "<tools>["]), max_size=9).map("".join),
+    st.lists(st.sampled_from([*RICH, *ODD]), max_size=9).map("".join),
     st.data(),
 )
 def test_any_cutting_of_anything_gives_the_same(text: str, data: st.DataObject) -> None:
@@ -903,7 +975,7 @@ def test_any_cutting_of_anything_gives_the_same(text: str, data: st.DataObject) 
 @pytest.mark.parametrize("depth", [100, 900, 990, 1_000, 5_000, 100_000])
 @pytest.mark.parametrize("tag", ["<tool_call>", ""], ids=["tagged", "bare"])
 def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
-    """Arguments that are nested deeper than Python reads are a broken call, or text: never an exception."""
+    """Arguments that are nested deeper than Python reads are a broken call, and never an exception."""
     nested = '{"a": ' * depth + "1" + "}" * depth
     parser = ToolCallParser(set(NAMES))
     text = f'{tag}{{"name": "add", "arguments": {nested}}}'
@@ -911,4 +983,5 @@ def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
     if depth == 100:
         assert [piece.name for piece in out] == ["add"]
     elif depth == 100_000:  # between them it is the version of Python that decides
-        assert (out == [text] and not parser.error) if not tag else (not out and parser.error)
+        assert out == []
+        assert parser.error
