@@ -153,7 +153,7 @@ Answer = Callable[[Request, Connection], Awaitable[None]]
 
 
 # Paragraphs of a system prompt that are not its writer's, but the client's.
-INSTRUCTIONS = re.compile(r"\s*(^[^\n]*\n<tools>\n.*|^[^\n]*JSON schema[^\n]*\n\{[^\n]*\})\Z", re.DOTALL | re.MULTILINE)
+INSTRUCTIONS = re.compile(r"\s*(^[^\n]*\n<tools>\n.*|^[^\n]*JSON schema:\n\{.*)\Z", re.DOTALL | re.MULTILINE)
 
 
 def describe(request: Request) -> str:
@@ -176,8 +176,8 @@ def describe(request: Request) -> str:
 
 
 TOOLS = re.compile(r"<tools>\n(.*?)\n</tools>", re.DOTALL)
-RESULT = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
-SCHEMA = re.compile(r"JSON schema.*\n(\{.*\})\Z")
+RESULT = re.compile(r"Result of (\w+):\n<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
+SCHEMA = re.compile(r"JSON schema:\n(\{.*\})$", re.MULTILINE)
 CALL = re.compile(r"Call (\w+) with (\{.*?\})(?: |$)")
 
 
@@ -195,8 +195,8 @@ def follow(request: Request) -> str | None:
     calls = [{"name": name, "arguments": json.loads(given)} for name, given in CALL.findall(heard) if name in names]
     if calls:
         return "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)
-    results = [json.loads(result) for result in RESULT.findall(heard)] if tools else []
-    said = ", ".join(f"{result['name']} said {result.get('error', result['content'])}" for result in results)
+    results = RESULT.findall(heard) if tools else []
+    said = ", ".join(f"{name} said {result}" for name, result in results)
     if schema:
         root = json.loads(schema[1])
         return json.dumps(fill(root, root, said or heard))

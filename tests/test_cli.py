@@ -198,6 +198,14 @@ def test_a_chat_ends_in_one_line_when_a_turn_fails(server: Loopback, start: Star
     assert code == 1
 
 
+def test_a_chat_goes_on_after_an_error(llm_: Llm, server: Loopback) -> None:
+    """`llm chat -c` has the turns before the one that failed."""
+    server.answers.extend([speak(), say([b"no more today"], status="403 Forbidden")])
+    assert invoke("chat", "-m", "autonomous-hermes", typed="hi\nagain\n")[2] == 1
+    shown = llm_("chat", "-c", typed="again\nexit\n")
+    assert "hermes heard: again\nMessages before: 2, the last: hermes heard: hi\n" in shown
+
+
 # What goes wrong
 
 

@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llm
@@ -293,6 +295,61 @@ def test_toolbox(chain: Chain, server: Loopback) -> None:
     assert chained.text == "llama: Memory_keep said 2 kept"
     assert memory.kept == ["one", "two"]
     assert [tool["description"] for tool in tools_in(server.requests[0].messages)] == ["Keep something"]
+
+
+class Notes(llm.Toolbox):
+    """A toolbox that keeps what it is told in a file, as llm-tools-sqlite keeps it in a database."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def keep(self, what: str) -> str:
+        """Keep something"""
+        with self.path.open("a") as file:
+            file.write(f"{what}\n")
+        return self.path.read_text()
+
+
+class NotesPlugin:
+    @llm.hookimpl
+    def register_tools(self, register: Callable[..., None]) -> None:
+        register(Notes)
+
+
+def test_toolbox_of_another_plugin_keeps_its_state_over_prompts(tmp_path: Path, server: Loopback) -> None:
+    """`llm -T 'Notes(...)'`, and then `-c` with the same toolbox."""
+    toolbox, plugin = f"Notes({json.dumps(str(tmp_path / 'notes'))})", NotesPlugin()
+    llm.plugins.pm.register(plugin)
+    try:
+        for settings, what in ((["-m", "autonomous-hermes"], "one"), (["-c"], "two")):
+            shown = invoke(*settings, "-T", toolbox, f'Call Notes_keep with {{"what": "{what}"}}')
+    finally:
+        llm.plugins.pm.unregister(plugin)
+    assert shown == ("hermes: Notes_keep said one\ntwo\n\n", "", 0)
+    assert [message["role"] for message in server.last.messages].count("assistant") == 3
+
+
+def test_api_server_passes_on_tools_that_its_client_runs(server: Loopback) -> None:
+    """Plugins that serve models over an API, such as llm-chat-completions-server, give tools without code.
+
+    They read the calls from the messages, and put the results into the messages of the next request.
+    """
+    tool = llm.Tool(name="now", description="The time", input_schema={"type": "object", "properties": {}})
+
+    async def request(messages: list[Message], **kwargs: Any) -> list[Message]:
+        response = llm.get_async_model("autonomous-hermes").prompt(messages=messages, tools=[tool], **kwargs)
+        answer: list[Message] = await response.messages()
+        return answer
+
+    async def serve() -> str:
+        [called] = await request([], prompt="Call now with {}")
+        [call] = called.parts
+        assert isinstance(call, ToolCallPart)
+        result = ToolResultPart(name="now", output="noon", tool_call_id=call.tool_call_id)
+        [answer] = await request([user("Call now with {}"), called, Message(role="tool", parts=[result])])
+        return "".join(part.text for part in answer.parts if isinstance(part, TextPart))
+
+    assert asyncio.run(serve()) == "hermes: now said noon"
 
 
 def test_bare_json_is_called_and_answered_json_is_not(chain: Chain, server: Loopback) -> None:
