@@ -187,38 +187,36 @@ You can use these tools:
 <tools>
 {tools}
 </tools>
-If a tool can do what the user asks, call it instead of answering. To call a tool, reply with its name and arguments \
-as JSON inside <tool_call> tags, one <tool_call> for each call:
+If a tool can do what the user asks, call it instead of answering. To call tools, reply with one <tool_call> for each \
+call, with the name of the tool and its arguments as JSON:
 <tool_call>
 {{"name": <tool-name>, "arguments": <args-json-object>}}
 </tool_call>
-You will get the results in the next message. If no tool fits the request, answer the user directly."""
-RESULT = """\
-Result of {name}:
-<tool_response>
-{output}
-</tool_response>"""
-AFTER_RESULTS = "Now answer my request using this result, or call another tool if one is still needed."
+<tool_call>
+{{"name": <tool-name>, "arguments": <args-json-object>}}
+</tool_call>
+You will get the results in the next message."""
+RESULT = "The tool {name} returned:\n{output}"
+AFTER_RESULTS = "Use these results to answer my request. If you still need another tool for it, call that tool now."
+EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
 SCHEMA_INSTRUCTIONS = """\
-{when} with a JSON value that follows this JSON schema:
+Reply with a JSON value that follows this JSON schema:
 {schema}
 Fill in the values. Output only the JSON, like this:
 {example}"""
 
 
-def build_instructions(tools: list[llm.Tool], schema: dict[str, Any] | None) -> str:
-    """How to call tools and which JSON to answer with: part of the system prompt, as the wire has no fields for it."""
-    instructions = []
-    if tools:
-        fields = (("name", "name"), ("description", "description"), ("parameters", "input_schema"))
-        described = ({key: value for key, field in fields if (value := getattr(tool, field))} for tool in tools)
-        lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in described)
-        instructions.append(TOOL_INSTRUCTIONS.format(tools=lines))
-    if schema:
-        when = "When you have all you need from the tools, reply" if tools else "Reply"
-        written, example = (json.dumps(value, ensure_ascii=False) for value in (schema, example_of(schema, schema)))
-        instructions.append(SCHEMA_INSTRUCTIONS.format(when=when, schema=written, example=example))
-    return "\n\n".join(instructions)
+def tool_instructions(tools: list[llm.Tool]) -> str:
+    """How to call the tools: part of the system prompt, as the wire format has no field for it."""
+    fields = (("name", "name"), ("description", "description"), ("parameters", "input_schema"))
+    described = ({key: value for key, field in fields if (value := getattr(tool, field))} for tool in tools)
+    return TOOL_INSTRUCTIONS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in described))
+
+
+def schema_instructions(schema: dict[str, Any]) -> str:
+    """Which JSON to answer with."""
+    written, example = (json.dumps(value, ensure_ascii=False) for value in (schema, example_of(schema, schema)))
+    return SCHEMA_INSTRUCTIONS.format(schema=written, example=example)
 
 
 def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
@@ -252,7 +250,11 @@ def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
 
 
 def build_messages(
-    messages: list[llm.Message], image_types: frozenset[str], tools: bool = False, instructions: str = ""
+    messages: list[llm.Message],
+    image_types: frozenset[str],
+    tools: bool = False,
+    instructions: str = "",
+    after_results: str = "",
 ) -> list[dict[str, Any]]:
     """The whole conversation as PROTOCOL.md wants it: ``[{"role": …, "content": …}, …]``.
 
@@ -260,18 +262,24 @@ def build_messages(
     has ``tools``, earlier tool calls and results are written in the tags that the model was told to use. Otherwise they
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
     with another model can go on. Reasoning and empty messages are left out. ``instructions`` are added to the system
-    prompt.
+    prompt, and what the model has to do ``after_results`` to the last message if it holds results of tools.
     """
     built: list[dict[str, Any]] = []
     if instructions:
         own = messages[0].parts if messages and messages[0].role == "system" else []
         part = TextPart(f"\n\n{instructions}" if own else instructions)
         messages = [llm.Message(role="system", parts=[*own, part]), *messages[1 if own else 0 :]]
+    if messages and after_results and holds_results(messages[-1]):
+        messages = [*messages[:-1], llm.Message(role="tool", parts=[*messages[-1].parts, TextPart(after_results)])]
     for message in messages:
         if content := build_content(message.parts, image_types, tools):
             role = message.role if message.role in ("system", "assistant") else "user"
             built.append({"role": role, "content": content})
     return built
+
+
+def holds_results(message: llm.Message) -> bool:
+    return any(isinstance(part, ToolResultPart) for part in message.parts)
 
 
 def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -> str | list[dict[str, Any]]:
@@ -299,8 +307,6 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
             else:
                 blocks.append(f"[{attachment.type or 'file'} attachment, not shown to this model]")
         previous = part
-    if tools and any(isinstance(part, ToolResultPart) for part in parts):
-        blocks.append(AFTER_RESULTS)
     text = "\n".join(block for block in blocks if block)
     if not images:
         return text
@@ -316,9 +322,7 @@ def call_text(part: ToolCallPart, tools: bool) -> str:
 def result_text(part: ToolResultPart, tools: bool) -> str:
     if not tools:
         return f"[the tool {part.name} {f'failed: {part.exception}' if part.exception else f'returned: {part.output}'}]"
-    return RESULT.format(
-        name=part.name, output=part.output or f"Error: {part.exception}" if part.exception else part.output
-    )
+    return RESULT.format(name=part.name, output=part.output or f"Error: {part.exception}")
 
 
 def tagged(tag: str, value: dict[str, Any]) -> str:
@@ -1107,24 +1111,36 @@ def schema_validator(schema: dict[str, Any]) -> Any:
 
 
 def matching_json(text: str, validator: Any) -> str:
-    """The largest JSON value in an answer that matches the schema. Raises if there is none."""
+    """The last JSON value in an answer that matches the schema. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
-    problem = "there is no JSON in it"
-    for value, json_text in sorted(find_json(text), key=lambda found: -len(found[1])):
-        try:
-            error = best_match(validator.iter_errors(value))
-        except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
-            raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
-        if error is None:
-            return json_text
-        if not problem.startswith("$"):
-            # The message begins with the whole value. What matters is at the end.
-            problem = quoted(f"{error.json_path}: {error.message[-MAX_EXCERPT // 2 :]}")
+    problem = "it holds no JSON"
+    for value, json_text in reversed([*find_json(text)]):
+        for candidate, written in wrapped(value, json_text, validator.schema):
+            try:
+                error = best_match(validator.iter_errors(candidate))
+            except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
+                raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
+            if error is None:
+                return written
+        if not problem.startswith("at $"):
+            # jsonschema's own message shows values as Python writes them, which a model would copy.
+            wanted = as_json({error.validator: error.validator_value})
+            problem = quoted(f"at {error.json_path}, the schema has {wanted}")
+        if isinstance(value, dict) and {"type", "properties"} <= value.keys():
+            problem = "it repeats the schema, without values"
     raise AutonomousError(
-        f"the answer does not match the schema, {problem}; it begins: {quoted(text)}",
-        correction=f"Your answer does not match the JSON schema: {problem}. Answer again with the JSON alone.",
+        f"the answer does not match the schema: {problem}; it begins: {quoted(text)}",
+        correction=f"Your answer does not match the JSON schema: {problem}. {schema_instructions(validator.schema)}",
     )
+
+
+def wrapped(value: Any, text: str, schema: dict[str, Any]) -> list[tuple[Any, str]]:
+    """A value and its text; also in an object, if it is a list and the schema is of an object with one field for it."""
+    required = schema.get("required")
+    if isinstance(value, list) and isinstance(required, list) and len(required) == 1:
+        return [({required[0]: value}, f"{{{json.dumps(required[0])}: {text}}}"), (value, text)]
+    return [(value, text)]
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
@@ -1133,6 +1149,7 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
     with contextlib.suppress(ValueError, RecursionError):
         yield json.loads(text, strict=False), strict_json(text)
         return
+    text = re.sub(r"(?s)<(think|scratch_pad)>.*?(</\1>|\Z)", "", text)  # reasoning is no answer
     end: int | None = 0
     while end is not None and (found := re.compile(JSON_START).search(text, end)):
         start = found.start()
@@ -1164,11 +1181,14 @@ class Reply:
     returned.
     """
 
-    def __init__(self, parser: ToolCallParser | None = None, validator: Any = None) -> None:
+    def __init__(
+        self, parser: ToolCallParser | None = None, validator: Any = None, after_results: bool = False
+    ) -> None:
         self.framing = Framing()
         self.completion = Completion()
         self.parser = parser  # only if there are tools
         self.validator = validator  # only if there is a schema
+        self.after_results = after_results  # tools have run, so an empty answer is worth another question
         self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected
         self.error: AutonomousError | None = None
 
@@ -1241,7 +1261,8 @@ class Reply:
             message += f" (finish reason: {quoted(str(reason))})"
         if value is not None:
             message += f"; the reply was: {quoted(as_json(value))}"
-        return AutonomousError(message, outage=True)
+        correction = EMPTY_CORRECTION if self.after_results else None
+        return AutonomousError(message, outage=True, correction=correction)
 
     def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
         """Find the tool calls. Hold the answer to a schema until it is complete, since half of it is of no use."""
@@ -1539,8 +1560,14 @@ class Exchange:
         self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
         prompt.schema = schema_of(prompt, conversation)
         self.validator = schema_validator(prompt.schema) if prompt.schema else None
-        instructions = build_instructions(self.tools, prompt.schema)
-        messages = build_messages(prompt.messages, service.attachment_types, bool(self.tools), instructions)
+        in_json = schema_instructions(prompt.schema) if prompt.schema else ""
+        instructions, after_results = in_json, ""
+        if self.tools:  # a model that knows the schema before it has the results makes them up
+            instructions, after_results = tool_instructions(self.tools), f"{AFTER_RESULTS} {in_json}".strip()
+        messages = build_messages(
+            prompt.messages, service.attachment_types, bool(self.tools), instructions, after_results
+        )
+        self.after_results = bool(self.tools and prompt.messages and holds_results(prompt.messages[-1]))
         last = messages[-1] if messages else {"role": "user", "content": ""}
         # A caller may give the model the beginning of its answer. In a conversation, that is the answer before this.
         answered = last["role"] == "assistant" and conversation is not None
@@ -1587,7 +1614,8 @@ class Exchange:
         messages = self.messages
         if corrected and corrected.reply.error:
             answer, correction = corrected.reply.written.getvalue(), corrected.reply.error.correction
-            messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": correction}]
+            said = [{"role": "assistant", "content": answer}] if answer.strip() else []
+            messages = [*messages, *said, {"role": "user", "content": correction}]
         return build_body(self.model.service, messages, self.stream)
 
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
@@ -1664,7 +1692,8 @@ class Attempt:
             "POST", exchange.url, headers=build_headers(), content=exchange.body(corrected), extensions=extensions
         )
         tools = exchange.tools
-        self.reply = Reply(ToolCallParser({tool.name for tool in tools}) if tools else None, exchange.validator)
+        parser = ToolCallParser({tool.name for tool in tools}) if tools else None
+        self.reply = Reply(parser, exchange.validator, exchange.after_results)
         self.yielded = False  # the user has seen some of the answer
         self.failure: Exception | None = None
         self.error_head: httpx.Response | None = None  # status and headers, if the status is not 2xx
