@@ -176,7 +176,7 @@ def describe(request: Request) -> str:
 
 
 TOOLS = re.compile(r"<tools>\n(.*?)\n</tools>", re.DOTALL)
-RESULT = re.compile(r"Result of (\w+):\n<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
+RESULT = re.compile(r"The tool (\w+) returned:\n(.*?)(?=\nThe tool \w+ returned:\n|\nUse these results)", re.DOTALL)
 SCHEMA = re.compile(r"JSON schema:\n(\{.*\})$", re.MULTILINE)
 CALL = re.compile(r"Call (\w+) with (\{.*?\})(?: |$)")
 
