@@ -187,15 +187,16 @@ You can use these tools:
 <tools>
 {tools}
 </tools>
-If a tool can do what the user asks, call it instead of answering. To call tools, reply with one <tool_call> for each \
-call, with the name of the tool and its arguments as JSON:
+If a tool can do what the user asks, call it instead of answering. Do not guess arguments: if another tool gives you a \
+value that you need, call that tool first. To call tools, reply with one <tool_call> for each call, with the name of \
+the tool and its arguments as JSON:
 <tool_call>
 {{"name": <tool-name>, "arguments": <args-json-object>}}
 </tool_call>
 <tool_call>
 {{"name": <tool-name>, "arguments": <args-json-object>}}
 </tool_call>
-You will get the results in the next message."""
+You will get the results in the next message. If no tool fits the request, answer the user directly."""
 RESULT = "The tool {name} returned:\n{output}"
 AFTER_RESULTS = "Use these results to answer my request. If you still need another tool for it, call that tool now."
 EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
