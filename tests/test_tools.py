@@ -491,7 +491,7 @@ def test_broken_call_that_is_then_right(
     assert "could not be read" not in json.dumps(third), "what is kept is the good answer"
     assert sleeps == []
     [record] = [record for record in caplog.records if record.name == "llm_autonomous"]
-    assert "the model is told" in record.getMessage()
+    assert "asking the model to correct it" in record.getMessage()
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
