@@ -260,7 +260,7 @@ def build_messages(
     """The whole conversation as PROTOCOL.md wants it: ``[{"role": …, "content": …}, …]``.
 
     ``content`` is a string, or a list of OpenAI content parts if there are images of ``image_types``. If this prompt
-    has ``tools``, earlier tool calls and results are written in the tags that the model was told to use. Otherwise they
+    has ``tools``, earlier tool calls and results are written in the form that the model was asked to use. Otherwise they
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
     with another model can go on. Reasoning and empty messages are left out. ``instructions`` are added to the system
     prompt, and what the model has to do ``after_results`` to the last message if it holds results of tools.
@@ -1078,7 +1078,7 @@ def repeats_tool(value: Any) -> bool:
 def read_call(value: Any) -> llm.ToolCall:
     """The tool call in a JSON value. Raises `ValueError` if there is none."""
     if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     name, arguments = call_fields(value)
     if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
@@ -1089,11 +1089,11 @@ def read_call(value: Any) -> llm.ToolCall:
         value, end = read_value(text, 0) if text.startswith("{") else (None, 0)
         arguments = value if end == len(text) else text
     if not isinstance(arguments, (dict, type(None))):
-        raise ValueError('its "arguments" are no JSON object')
+        raise ValueError('its "arguments" are not a JSON object')
     try:
-        arguments = json.loads(mended(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
+        arguments = json.loads(replace_surrogates(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
     except ValueError:
-        raise ValueError('its "arguments" hold NaN or Infinity, which are not JSON') from None
+        raise ValueError('its "arguments" contain NaN or Infinity, which JSON does not allow') from None
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
 
 
@@ -1164,11 +1164,11 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
 def strict_json(text: str) -> str:
     """``text`` as strict JSON, which ``jq`` can read: without raw line breaks in strings. Raises if there is a NaN."""
     value = json.loads(text, strict=False)
-    anew = json.dumps(value, allow_nan=False)
+    rewritten = json.dumps(value, allow_nan=False)
     try:
         json.loads(text)
     except ValueError:
-        return anew
+        return rewritten
     return text
 
 
@@ -1289,7 +1289,7 @@ class Reply:
             return []
 
 
-def mended(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """``text`` with surrogate pairs joined, and lone surrogates replaced."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -1498,8 +1498,8 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply", retryable=dropped)
     if certificate:
         return AutonomousError(
-            f"its certificate cannot be verified: {reason}. Behind a company proxy, name the file with the "
-            "proxy's certificate authority in SSL_CERT_FILE",
+            f"its certificate cannot be verified: {reason}. If a company proxy inspects TLS, set "
+            "SSL_CERT_FILE to the file with its certificate authority",
             outage=True,
         )
     if proxy or isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
@@ -1602,7 +1602,7 @@ class Exchange:
                 self.reuse = False
                 attempt = self.model.attempt_type(self, attempt.number, None, attempt.corrected)
             elif error.correction and not attempt.corrected and attempt.number < limit:
-                logger.info("%s; the model is told", located)
+                logger.info("%s; asking the model to correct it", located)
                 attempt = self.model.attempt_type(self, attempt.number + 1, corrected=attempt)
             elif wait is not None:
                 logger.info("%s; trying again in %.1f s", located, wait)
@@ -1622,8 +1622,8 @@ class Exchange:
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
         """Tell `llm` to call a tool; the events keep the call in its place among the text."""
         self.response.add_tool_call(call)
-        told = (("tool_call_name", call.name), ("tool_call_args", json.dumps(call.arguments)))
-        return [StreamEvent(type=kind, chunk=chunk, tool_call_id=call.tool_call_id) for kind, chunk in told]
+        events = (("tool_call_name", call.name), ("tool_call_args", json.dumps(call.arguments)))
+        return [StreamEvent(type=kind, chunk=chunk, tool_call_id=call.tool_call_id) for kind, chunk in events]
 
     def _report(self, attempt: Attempt) -> None:
         """Pass on the metadata to `llm`, and warn the user if the answer may be cut short."""
