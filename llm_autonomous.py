@@ -260,7 +260,7 @@ def build_messages(
     """The whole conversation as PROTOCOL.md wants it: ``[{"role": …, "content": …}, …]``.
 
     ``content`` is a string, or a list of OpenAI content parts if there are images of ``image_types``. If this prompt
-    has ``tools``, earlier tool calls and results are written in the form that the model was asked to use. Otherwise they
+    has ``tools``, earlier tool calls and results are written in the form that the model knows. Otherwise they
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
     with another model can go on. Reasoning and empty messages are left out. ``instructions`` are added to the system
     prompt, and what the model has to do ``after_results`` to the last message if it holds results of tools.
