@@ -593,7 +593,8 @@ WRAPPER = r"(?:\s|```[\w-]*|<\|?[\w-]+\|?>)*"
 MAY_CALL = (
     rf"<\|?[\w-]*(?:tool|function|call|python_tag)[\w-]*\|?>{WRAPPER}(?:[{{\[]|add|now)"
     r"|\[\s*\{\s*[\"']name[\"']:\s*[\"'](?:add|now)|\{\s*[\"']name[\"']:\s*[\"'](?:add|now)[\"'](?!\})"
-    rf"|\A{WRAPPER}<tool_response>|<function[=(/](?:add|now)"
+    rf"|\A{WRAPPER}<tool_response>|<function[=(/][\s\[]*(?:add|now)"
+    r"|\A\s*\[[\s\[]*(?:add|now)(?:\.call)?\("
 )
 
 HALF_WRAPPER = r"<\|?[\w-]*\|?|`{1,2}"

@@ -374,7 +374,7 @@ def test_answer_to_a_prompt_without_tools_is_text(text: str, ask: Ask, server: L
 
 def test_text_is_not_held(chain: Chain, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tools, each piece of text reaches the reader while the server still holds back the next."""
-    words, sent = ["One ", "a < b ", "and {two} ", "[three] ", "<toolbox> ", "five"], threading.Semaphore(1)
+    words, sent = ["One ", "a < b ", "and {two} ", "[three] ", "<b>four</b> ", "five"], threading.Semaphore(1)
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
@@ -466,6 +466,95 @@ def test_made_up_result_without_an_end_is_not_waited_for(
     server.answers += [answer]
     assert chain(tools=[now]).text == "llama: now said noon"
     assert until(lambda: not server.open - {2})
+
+
+# What is no call, and what may be one
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("form", ["tool", "OpenAI's shape", "list", "tags", "fence", "names", "names in lines"])
+def test_answer_that_names_tools_calls_none(form: str, stream: bool, chain: Chain, server: Loopback) -> None:
+    """The tools as the model was given them, and JSON with their names alone, are text to the last character."""
+    called: list[str] = []
+
+    def record(what: str = "") -> str:
+        """Record something"""
+        called.append(what)
+        return "done"
+
+    tool = llm.Tool.function(record)
+    described = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
+    given = json.dumps(described)
+    answer = {
+        "tool": given,
+        "OpenAI's shape": json.dumps({"type": "function", "function": described}),
+        "list": json.dumps([described, {"name": tool.name, "parameters": tool.input_schema}]),
+        "tags": f"<tools>\n{given}\n</tools>",
+        "fence": f"```json\n{given}\n```\nThat is all.",
+        "names": '[{"name": "record"}, {"name": "now"}]',
+        "names in lines": '{"name": "record"}\n{"name": "now"}',
+    }[form]
+    server.answers += [texts(*answer)]
+    chained = chain(tools=[record, now], stream=stream)
+    assert (chained.text, chained.calls, called) == (answer, [[]], [])
+    assert len(server.requests) == 1
+
+
+PUT_TO_THE_MODEL = {
+    "made-up result": '<tool_response>\n{"result": "midnight"}\n</tool_response>\nIt is midnight.',
+    "made-up result in JSON": '{"tool_response": {"result": "midnight"}}',
+    "call behind words": 'I call:\n```json\n{"name": "now", "arguments": {}}\n```',
+    "broken bare call": '{"name": "now", "arguments": {}',
+    "function with parameters": "<function=now>\n</function>",
+    "Python's words": "[now()]",
+    "NaN": '{"name": "now", "arguments": {"a": NaN}}',
+}
+
+
+@pytest.mark.parametrize("written", PUT_TO_THE_MODEL.values(), ids=PUT_TO_THE_MODEL)
+def test_what_may_be_a_call_is_put_to_the_model(
+    written: str, chain: Chain, server: Loopback, sleeps: list[float]
+) -> None:
+    """The model sees what it wrote and a correction, and can still call the tool; the user sees neither."""
+    server.answers += [texts(*written), texts(NOW_TAG), texts("Noon.")]
+    chained = chain("Hello", tools=[now])
+    assert chained.text.split() == [*(["I", "call:"] if written.startswith("I call") else []), "Noon."]
+    assert chained.calls == [[("now", {})], []]
+    first, second, third = (request.messages for request in server.requests)
+    assert second[:-1] == [*first, {"role": "assistant", "content": written}]
+    assert second[-1]["role"] == "user"
+    assert written not in json.dumps(third)
+    assert sleeps == []
+
+
+@pytest.mark.parametrize("written", PUT_TO_THE_MODEL.values(), ids=PUT_TO_THE_MODEL)
+def test_what_may_be_a_call_is_put_to_the_model_once(written: str, chain: Chain, server: Loopback) -> None:
+    """If the model writes the same again, the user gets one line instead of an answer, and no tool is called."""
+    server.answer = texts(written)
+    chained = chain("Hello", tools=[now])
+    assert len(server.requests) == 2
+    assert "it begins: " in str(chained.error)
+    assert str(chained.error).isprintable()
+    assert chained.chunks == (["I call:\n"] if written.startswith("I call") else [])
+
+
+CALLED = {
+    "a bare call and words": '{"name": "now", "arguments": {}}\n\nMore?',
+    "a brace too many": '<tool_call>\n{"name": "now", "arguments": {}}}\n</tool_call>',
+    "another tag": '<function_call>[{"name": "now", "arguments": {}}]</function_call>',
+    "a fence in the tag": '<tool_call>\n```json\n{"name": "now", "arguments": {}}\n```\n</tool_call>',
+    "a function": "<function=now>{}</function><|eom_id|>",
+}
+
+
+@pytest.mark.parametrize("written", CALLED.values(), ids=CALLED)
+def test_call_is_known_by_what_it_says(written: str, chain: Chain, server: Loopback) -> None:
+    """Whatever it is wrapped in, the tool is called, and no tag or JSON is shown."""
+    server.answers += [texts(*written), texts("Noon.")]
+    chained = chain(tools=[now])
+    assert chained.calls == [[("now", {})], []]
+    assert chained.text.split() == [*(["More?"] if "More?" in written else []), "Noon."]
+    assert len(server.requests) == 2
 
 
 # Broken calls
