@@ -187,9 +187,9 @@ You can use these tools:
 <tools>
 {tools}
 </tools>
-Most requests need no tool: answer them directly. If a tool can do what the user asks, call it instead of answering. Do \
-not guess arguments: if another tool gives you a value that you need, call that tool first. To call tools, reply with \
-one <tool_call> for each call, with the name of the tool and its arguments as JSON:
+Most requests need no tool: answer them directly. If a tool can do what the user asks, call it instead of answering. \
+Do not guess arguments: if another tool gives you a value that you need, call that tool first. To call tools, reply \
+with one <tool_call> for each call, with the name of the tool and its arguments as JSON:
 <tool_call>
 {{"name": <tool-name>, "arguments": <args-json-object>}}
 </tool_call>
