@@ -263,15 +263,17 @@ def build_messages(
     has ``tools``, earlier tool calls and results are written in the form that the model knows. Otherwise they
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
     with another model can go on. Reasoning and empty messages are left out. ``instructions`` are added to the system
-    prompt, and what the model has to do ``after_results`` to the last message if it holds results of tools.
+    prompt, and what the model has to do ``after_results`` to the last message if the model has not seen them yet.
     """
     built: list[dict[str, Any]] = []
     if instructions:
         own = messages[0].parts if messages and messages[0].role == "system" else []
         part = TextPart(f"\n\n{instructions}" if own else instructions)
         messages = [llm.Message(role="system", parts=[*own, part]), *messages[1 if own else 0 :]]
-    if messages and after_results and holds_results(messages[-1]):
-        messages = [*messages[:-1], llm.Message(role="tool", parts=[*messages[-1].parts, TextPart(after_results)])]
+    if after_results and holds_new_results(messages):
+        *before, last = messages
+        gap = "\n\n" if last.parts and isinstance(last.parts[-1], TextPart) else ""
+        messages = [*before, llm.Message(role=last.role, parts=[*last.parts, TextPart(gap + after_results)])]
     for message in messages:
         if content := build_content(message.parts, image_types, tools):
             role = message.role if message.role in ("system", "assistant") else "user"
@@ -279,8 +281,14 @@ def build_messages(
     return built
 
 
-def holds_results(message: llm.Message) -> bool:
-    return any(isinstance(part, ToolResultPart) for part in message.parts)
+def holds_new_results(messages: list[llm.Message]) -> bool:
+    """Whether tools have run since the model last answered. What they attached follows in a message of its own."""
+    for message in reversed(messages):
+        if message.role == "assistant":
+            return False
+        if any(isinstance(part, ToolResultPart) for part in message.parts):
+            return True
+    return False
 
 
 def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -> str | list[dict[str, Any]]:
@@ -1126,7 +1134,7 @@ def matching_json(text: str, validator: Any) -> str:
                 return written
         if not problem.startswith("at $"):
             # jsonschema's own message shows values as Python writes them, which a model would copy.
-            wanted = as_json({error.validator: error.validator_value})
+            wanted = as_json({error.validator: error.validator_value} if error.validator else False)
             problem = quoted(f"at {error.json_path}, the schema has {wanted}")
         if isinstance(value, dict) and {"type", "properties"} <= value.keys():
             problem = "it repeats the schema, without values"
@@ -1568,7 +1576,7 @@ class Exchange:
         messages = build_messages(
             prompt.messages, service.attachment_types, bool(self.tools), instructions, after_results
         )
-        self.after_results = bool(self.tools and prompt.messages and holds_results(prompt.messages[-1]))
+        self.after_results = bool(self.tools) and holds_new_results(prompt.messages)
         last = messages[-1] if messages else {"role": "user", "content": ""}
         # A caller may give the model the beginning of its answer. In a conversation, that is the answer before this.
         answered = last["role"] == "assistant" and conversation is not None

@@ -176,7 +176,9 @@ def describe(request: Request) -> str:
 
 
 TOOLS = re.compile(r"<tools>\n(.*?)\n</tools>", re.DOTALL)
-RESULT = re.compile(r"The tool (\w+) returned:\n(.*?)(?=\nThe tool \w+ returned:\n|\nUse these results)", re.DOTALL)
+RESULT = re.compile(
+    r"^The tool (\w+) returned:\n(.*?)(?=\nThe tool \w+ returned:\n|\nUse these results)", re.DOTALL | re.MULTILINE
+)
 SCHEMA = re.compile(r"JSON schema:\n(\{.*\})$", re.MULTILINE)
 CALL = re.compile(r"Call (\w+) with (\{.*?\})(?: |$)")
 
@@ -184,13 +186,14 @@ CALL = re.compile(r"Call (\w+) with (\{.*?\})(?: |$)")
 def follow(request: Request) -> str | None:
     """What a model answers that was given tools or a schema and does as it is told; None where it was given neither.
 
-    It calls what "Call NAME with JSON" names, says what the results were, and fills a schema with what it heard.
+    It calls what "Call NAME with JSON" names, says what the results were, and fills a schema with what it heard. The
+    schema stands in the system prompt, after the results of tools, or in the correction of an answer.
     """
     messages = request.messages
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    content = messages[-1]["content"]
-    heard = content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
-    tools, schema = TOOLS.search(system), SCHEMA.search(system)
+    said_by_user = [text_of(message) for message in messages if message["role"] == "user"]
+    heard = said_by_user[-1]
+    tools, schema = TOOLS.search(system), SCHEMA.search(heard) or SCHEMA.search(system)
     names = {json.loads(line)["name"] for line in tools[1].splitlines()} if tools else set()
     calls = [{"name": name, "arguments": json.loads(given)} for name, given in CALL.findall(heard) if name in names]
     if calls:
@@ -199,8 +202,15 @@ def follow(request: Request) -> str | None:
     said = ", ".join(f"{name} said {result}" for name, result in results)
     if schema:
         root = json.loads(schema[1])
-        return json.dumps(fill(root, root, said or heard))
+        asked = next((text for text in reversed(said_by_user) if not SCHEMA.search(text)), heard)
+        return json.dumps(fill(root, root, said or asked))
     return f"{request.payload['aiAgent']}: {said}" if said else None
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text in a message."""
+    content = message["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
 
 
 def fill(schema: dict[str, Any], root: dict[str, Any], heard: str) -> Any:

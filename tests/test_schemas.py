@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any, Literal
 
@@ -12,12 +13,16 @@ from loopback import ENDPOINTS, Loopback, speak
 from pydantic import BaseModel
 from test_tools import NOW_TAG, cut, now, refuse, texts
 
+from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, schema_instructions
+
 DOG = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
     "required": ["name", "age"],
 }
 CLEO = '{"name": "Cleo", "age": 4}'
+REX = '{"name": "Rex, the larger one", "age": 1}'
+DOGS = {"type": "object", "properties": {"items": {"type": "array", "items": DOG}}, "required": ["items"]}
 TREE = {
     "$ref": "#/$defs/Node",
     "$defs": {
@@ -40,6 +45,12 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse_constant)
 
 
+def schema_in(message: dict[str, Any]) -> Any:
+    """The schema that a message asks to follow."""
+    [written] = re.findall(r"follows this JSON schema:\n(.*)$", message["content"], re.MULTILINE)
+    return strict(written)
+
+
 # What is sent
 
 
@@ -50,7 +61,8 @@ def test_schema_stands_behind_the_system_prompt(settings: dict[str, str], ask: A
     first, second = server.last.messages
     assert (first["role"], second) == ("system", {"role": "user", "content": "Cleo is 4"})
     assert first["content"].startswith("Be brief\n\n") == bool(settings)
-    assert json.loads(first["content"].splitlines()[-1]) == DOG
+    assert schema_in(first) == DOG
+    assert first["content"].endswith(schema_instructions(DOG))
     assert "tool" not in first["content"]
 
 
@@ -84,11 +96,15 @@ ACCEPTED = {
         f'Not {{"name": "Cleo", "age": "not known to anybody"}} but {CLEO}',
         strict(CLEO),
     ),
-    "the larger of two that match": (
-        DOG,
-        f'As in {{"name": "", "age": 0}}: {CLEO}, not {{"name": "", "age": 1}}',
-        strict(CLEO),
-    ),
+    "the last of several that match": (DOG, f"It is {REX}. No, wait, {REX} is wrong: {CLEO}", strict(CLEO)),
+    "the last that matches": (DOG, f'{REX} or {CLEO}, but not {{"name": "Bo"}} or [4]', strict(CLEO)),
+    "reasoning before it": (DOG, f"Well. <think>Is it {REX}?</think> {CLEO}", strict(CLEO)),
+    "reasoning after it": (DOG, f"So: {CLEO}\n<scratch_pad>Or {REX}?</scratch_pad>", strict(CLEO)),
+    "reasoning after it without an end": (DOG, f"So: {CLEO}\n<think>Or {REX}", strict(CLEO)),
+    "list instead of the object around it": (DOGS, f"[{CLEO}, {REX}]", {"items": [strict(CLEO), strict(REX)]}),
+    "such a list in a fence": (DOGS, f"```json\n[\n{CLEO}\n]\n```", {"items": [strict(CLEO)]}),
+    "such a list among words": (DOGS, f"These: [{CLEO}] are they.", {"items": [strict(CLEO)]}),
+    "such a list that is empty": (DOGS, "[]", {"items": []}),
     "raw line breaks": (DOG, '{"name": "Cleo\n\tthe dog", "age": 4}', {"name": "Cleo\n\tthe dog", "age": 4}),
     "braces in a string": (DOG, 'So: {"name": "}{ \\" [", "age": 4}.', {"name": '}{ " [', "age": 4}),
     "no ASCII": (DOG, '{"name": "Клео 𝄞\u2028", "age": 4}', {"name": "Клео 𝄞\u2028", "age": 4}),
@@ -121,15 +137,29 @@ def test_json_goes_out_alone(schema: dict[str, Any], text: str, value: Any, ask:
 
 
 REJECTED = {
-    "missing key": (DOG, '{"name": "Cleo"}', "'age' is a required property"),
-    "wrong type": (DOG, '{"name": "Cleo", "age": "four"}', "$.age: 'four' is not of type 'integer'"),
+    "missing key": (DOG, '{"name": "Cleo"}', 'at $, the schema has {"required": ["name", "age"]}'),
+    "wrong type": (DOG, '{"name": "Cleo", "age": "four"}', 'at $.age, the schema has {"type": "integer"}'),
     "wrong type in a list": (
         {"type": "array", "items": DOG},
         f'[{CLEO}, {{"name": "X", "age": null}}]',
-        "$[1].age: None",
+        'at $[1].age, the schema has {"type": "integer"}',
     ),
-    "null": (DOG, "null", "None is not of type 'object'"),
-    "a list of it": (DOG, '[{"name": 1}]', "is not of type 'object'"),
+    "null": (DOG, "null", 'at $, the schema has {"type": "object"}'),
+    "a list of it": (DOG, f"[{CLEO}]", 'at $, the schema has {"type": "object"}'),
+    "wrong type in a list that is wrapped": (
+        DOGS,
+        f'[{CLEO}, {{"name": "Bo", "age": null}}]',
+        'at $.items[1].age, the schema has {"type": "integer"}',
+    ),
+    "copied schema": (DOG, json.dumps(DOG), "it repeats the schema, without values"),
+    "copied schema with values": (
+        DOG,
+        '```json\n{"type": "object", "properties": {"name": "Cleo", "age": 4}}\n```',
+        "it repeats the schema, without values",
+    ),
+    "reasoning alone": (DOG, f"Well. <think>Is it {CLEO}?</think> I do not know.", "no JSON"),
+    "reasoning in Hermes's tag": (DOG, f"Well. <scratch_pad>{CLEO}</scratch_pad>", "no JSON"),
+    "reasoning without an end": (DOG, f"Well. <think>Is it {CLEO}?", "no JSON"),
     "words": (DOG, "I do not know.", "no JSON"),
     "words with braces": (DOG, "I do not know {name} and [age].", "no JSON"),
     "cut off": (DOG, CLEO[:-1], ""),
@@ -139,7 +169,8 @@ REJECTED = {
     "broken around what would match": (TREE, f'{{"name": root, "nodes": [{json.dumps(LEAF)}]}}', ""),
     "cut off in its first string": ({"type": "array"}, '["see [1, 2] for', ""),
     "single quotes": (DOG, "{'name': 'Cleo', 'age': 4}", ""),
-    "not in the enum": ({"enum": ["red"]}, '"blue"', "'blue' is not one of ['red']"),
+    "not in the enum": ({"enum": ["red"]}, '"blue"', 'at $, the schema has {"enum": ["red"]}'),
+    "what must not be there": ({"properties": {"a": False}}, '{"a": 1}', "at $.a, the schema has false"),
     "words for a string": ({"type": "string"}, "forty-two", "no JSON"),
     "NaN": ({"properties": {"a": {"type": "number"}}}, '{"a": NaN}', ""),
     "infinity": ({"properties": {"a": {"type": "number"}}}, '{"a": -Infinity}', ""),
@@ -152,7 +183,7 @@ REJECTED = {
 def test_model_is_told_once_what_does_not_match(
     schema: dict[str, Any], text: str, problem: str, ask: Ask, server: Loopback, sleeps: list[float]
 ) -> None:
-    """It is shown its answer and the validator's sentence, and answers again; after that it is one line to the user."""
+    """It is shown its answer, the problem and the schema, and answers again; then it is one line to the user."""
     good = {json.dumps(DOG): CLEO, json.dumps(TREE): json.dumps(LEAF)}.get(json.dumps(schema))
     server.answers += [texts(text), texts(good or text)]
     answer = ask(schema=schema)
@@ -162,7 +193,7 @@ def test_model_is_told_once_what_does_not_match(
     assert written == {"role": "assistant", "content": text}
     assert told["role"] == "user"
     assert problem in told["content"]
-    assert "schema" in told["content"]
+    assert told["content"].endswith(schema_instructions(schema))
     if good:
         assert answer.chunks == [good]
 
@@ -181,26 +212,50 @@ def test_model_is_told_once_what_does_not_match(
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
-        (DOG, "is not of type 'object'"),
-        ({"type": "array", "minItems": 9}, "is too short"),
-        ({"const": 1}, "1 was expected"),
+        (DOG, 'at $, the schema has {"type": "object"}'),
+        ({"type": "array", "minItems": 9}, 'at $, the schema has {"minItems": 9}'),
+        ({"const": 1}, 'at $, the schema has {"const": 1}'),
     ],
 )
 def test_reason_is_told_of_a_long_answer(schema: dict[str, Any], reason: str, ask: Ask, server: Loopback) -> None:
-    """The validator repeats the whole value before it says what is wrong with it: that is not what is left out."""
+    """The correction says what the schema asks for, and does not repeat the answer, however long it is."""
     server.answer = texts(json.dumps([{"name": "Cleo " * 50}] * 4))
     assert reason in ask(schema=schema).line
     assert reason in server.last.messages[-1]["content"]
     assert len(server.last.messages[-1]["content"]) < 1000
+    assert "Cleo" not in server.last.messages[-1]["content"]
 
 
-def test_model_is_told_the_problem_of_the_largest_candidate(ask: Ask, server: Loopback) -> None:
-    """The largest JSON in an answer is most likely the one that was meant."""
-    server.answer = texts('As in {"name": 1} it is {"name": "Cleo", "age": "four"}, not {"age": 0.5}.')
+def test_model_is_told_the_problem_of_the_last_candidate(ask: Ask, server: Loopback) -> None:
+    """A model corrects itself, so the last JSON in an answer is most likely the one that was meant."""
+    server.answer = texts('It is {"name": "Cleo, the dog", "age": null, "nick": "Cle"}. No: {"name": 1, "age": 4}.')
     line = ask(schema=DOG).line
     for words in (server.last.messages[-1]["content"], line):
-        assert "$.age: 'four' is not of type 'integer'" in words
+        assert 'at $.name, the schema has {"type": "string"}' in words
         assert words.count("$") == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (DOG, '{"name": null, "age": true}'),
+        (DOG, '{"name": "Cleo"}'),
+        (DOG, "[false, null]"),
+        (DOG, "{'name': None, 'age': True}"),
+        (DOGS, "[null, false]"),
+        ({"const": None}, '"null"'),
+        ({"enum": [True, None, "red"]}, "[false]"),
+        ({"properties": {"a": False}}, '{"a": null}'),
+        ({"additionalProperties": False}, '{"a": true}'),
+    ],
+)
+def test_correction_is_written_in_json_alone(schema: dict[str, Any], text: str, ask: Ask, server: Loopback) -> None:
+    """It shows no value as Python writes it, which a model would copy."""
+    server.answer = texts(text)
+    assert "does not match the schema" in ask(schema=schema).line
+    correction = server.last.messages[-1]["content"]
+    assert correction.startswith("Your answer does not match the JSON schema: ")
+    assert not re.search(r"\b(None|True|False)\b|'", correction)
 
 
 LARGE = ["[", '{"a": ', '"', "```json\n", " ", "\\", "{", "{x", "[x", "{ "]  # 600 KB of it
@@ -286,7 +341,7 @@ def test_answer_larger_than_the_bound(ask: Ask, server: Loopback, monkeypatch: p
 
 
 def test_schema_holds_for_the_answer_behind_the_calls(chain: Chain, server: Loopback) -> None:
-    """Both stand in the system message of each round; what goes out is the JSON of the last, alone."""
+    """The schema follows the results, as a model that knows it before makes them up; the last JSON goes out alone."""
     server.answers += [texts("Let me see.\n", NOW_TAG, "\nDone."), texts(f"So: {CLEO}")]
     chained = chain("Cleo?", tools=[now], schema=DOG)
     assert chained.chunks == [CLEO]
@@ -295,8 +350,9 @@ def test_schema_holds_for_the_answer_behind_the_calls(chain: Chain, server: Loop
     first, second = server.requests
     assert first.messages[0] == second.messages[0]
     assert "<tools>" in first.messages[0]["content"]
-    assert json.loads(first.messages[0]["content"].splitlines()[-1]) == DOG
-    assert "when you call no tool" in first.messages[0]["content"].lower()
+    assert "schema" not in json.dumps(first.messages)
+    result = RESULT.format(name="now", output="noon")
+    assert second.messages[-1]["content"] == f"{result}\n{AFTER_RESULTS} {schema_instructions(DOG)}"
     assert "Let me see" not in json.dumps(second.messages)
     assert [response.prompt.schema for response in chained.responses] == [DOG, DOG]
 
@@ -308,12 +364,29 @@ def test_tools_and_schema_with_each_model(name: str, chain: Chain, server: Loopb
     assert strict(chained.text) == {"name": "now said noon", "age": 1}
 
 
+def test_answer_without_a_call_is_corrected_by_the_schema(chain: Chain, server: Loopback) -> None:
+    """A model that calls no tool has not seen the schema before."""
+    chained = chain("Cleo is 4", tools=[now], schema=DOG)
+    assert strict(chained.text) == {"name": "Cleo is 4", "age": 4}
+    first, second = server.requests
+    assert "schema" not in json.dumps(first.messages)
+    assert schema_in(second.messages[-1]) == DOG
+
+
+def test_empty_reply_after_results_still_has_its_schema(chain: Chain, server: Loopback) -> None:
+    """The question that follows it leaves the schema in its place, after the results."""
+    server.answers += [speak(), texts(""), texts(CLEO)]
+    assert chain("Call now with {}", tools=[now], schema=DOG).chunks == [CLEO]
+    *_, results, question = server.last.messages
+    assert (schema_in(results), question["content"]) == (DOG, EMPTY_CORRECTION)
+
+
 def test_wrong_json_behind_a_call_is_told(chain: Chain, server: Loopback) -> None:
     """The schema is checked in the last round, and its correction follows the result."""
     server.answers += [speak(), texts('{"name": "Cleo"}'), texts(CLEO)]
     chained = chain("Call now with {}", tools=[now], schema=DOG)
     assert chained.chunks == [CLEO]
-    assert "'age' is a required property" in server.last.messages[-1]["content"]
+    assert 'at $, the schema has {"required": ["name", "age"]}' in server.last.messages[-1]["content"]
     assert [message["role"] for message in server.last.messages] == ["system", *["user", "assistant"] * 2, "user"]
 
 
@@ -348,6 +421,16 @@ def test_schema_of_many(server: Loopback) -> None:
     assert strict(printed) == {"items": [{"name": "Cleo is 4", "age": 4}]}
     logged = run("logs", "--schema-multi", "name, age int", "--data", "--data-key", "items")
     assert strict(logged) == {"name": "Cleo is 4", "age": 4}
+
+
+def test_list_alone_for_a_schema_of_many(server: Loopback) -> None:
+    """A model that leaves out the object around the list is understood, and `llm logs` finds each."""
+    server.answer = texts(f"```json\n[{CLEO}, {REX}]\n```")
+    printed = run("-m", "autonomous-llama", "--schema-multi", "name, age int", "Two dogs")
+    assert strict(printed) == {"items": [strict(CLEO), strict(REX)]}
+    logged = run("logs", "--schema-multi", "name, age int", "--data", "--data-key", "items")
+    assert [strict(line) for line in logged.splitlines()] == [strict(CLEO), strict(REX)]
+    assert len(server.requests) == 1
 
 
 def test_schema_of_a_template(server: Loopback) -> None:
@@ -398,7 +481,7 @@ def test_class_of_pydantic(ask: Ask, server: Loopback) -> None:
     """A class is a schema with definitions and alternatives, and the JSON makes an object of it."""
     dog = Dog.model_validate_json(ask("Cleo", schema=Dog).text)
     assert (dog.owner.name, dog.tricks) == ("Cleo", ["Cleo"])
-    sent = json.loads(server.last.messages[0]["content"].splitlines()[-1])
+    sent = schema_in(server.last.messages[0])
     assert sent == Dog.model_json_schema()
     assert "$defs" in sent
     assert "anyOf" in sent["properties"]["nick"]

@@ -7,6 +7,7 @@ import base64
 import json
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from loopback import DONE, ENDPOINTS, Answer, Connection, Loopback, Request, del
 from proxies import until
 
 import llm_autonomous
+from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT
 
 STOP = event(delta(finish_reason="stop")) + DONE
 ADD_TAG = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -69,11 +71,15 @@ def tools_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in behind.partition("\n</tools>")[0].splitlines()]
 
 
-def results_in(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results that a message carries, where it carries nothing else."""
-    *results, rest = message["content"].split("\n</tool_response>")
-    assert rest == ""
-    return [json.loads(result.removeprefix("\n").removeprefix("<tool_response>\n")) for result in results]
+def results_in(message: dict[str, Any]) -> list[tuple[str, str]]:
+    """The names and outputs of the results in a message that holds nothing else, but for what to do with them."""
+    text = message["content"].removesuffix(f"\n{AFTER_RESULTS}")
+    names = re.findall(r"^The tool (\w+) returned:$", text, re.MULTILINE)
+    first, *outputs = re.split(r"(?:\A|\n)The tool \w+ returned:\n", text)
+    assert first == ""
+    results = [*zip(names, outputs, strict=True)]
+    assert text == "\n".join(RESULT.format(name=name, output=output) for name, output in results)
+    return results
 
 
 # What is sent: the bytes of a prompt without tools and schema are those of commit c887490
@@ -167,10 +173,8 @@ def test_history_is_written_as_the_model_writes_it(ask: Ask, server: Loopback) -
         {"name": "now", "arguments": {"zone": "Köln"}},
         {"name": "add", "arguments": {}},
     ]
-    assert results_in(told) == [
-        {"name": "now", "content": "noon"},
-        {"name": "add", "content": "Error: no", "error": "ValueError: no"},
-    ]
+    assert results_in(told) == [("now", "noon"), ("add", "Error: no")]
+    assert AFTER_RESULTS not in told["content"]
     assert last["content"] == "Thanks, and <tool_call>?"
 
 
@@ -183,7 +187,9 @@ def test_attachment_of_a_result_goes_as_pictures_do(name: str, chain: Chain, ser
 
     chain("Call draw with {}", f"autonomous-{name}", tools=[draw])
     sent = server.last.messages
-    assert results_in(sent[3]) == [{"name": "draw", "content": "done"}]
+    assert results_in(sent[3]) == [("draw", "done")]
+    assert AFTER_RESULTS in json.dumps(sent[-1])
+    assert json.dumps(sent).count(AFTER_RESULTS) == 1
     if name == "vision":
         url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
         assert json.dumps(sent).count("data:image/png") == 1
@@ -210,7 +216,8 @@ def test_chain_of_two_rounds(name: str, stream: bool, chain: Chain, server: Loop
         "role": "assistant",
         "content": '<tool_call>\n{"name": "add", "arguments": {"a": 40}}\n</tool_call>',
     }
-    assert (told["role"], results_in(told)) == ("user", [{"name": "add", "content": "42"}])
+    assert (told["role"], results_in(told)) == ("user", [("add", "42")])
+    assert told["content"].endswith(AFTER_RESULTS)
 
 
 def test_two_calls_in_one_reply(chain: Chain, server: Loopback) -> None:
@@ -220,7 +227,7 @@ def test_two_calls_in_one_reply(chain: Chain, server: Loopback) -> None:
     assert chained.calls[0] == [("now", {}), ("add", {"a": 1, "b": 1})]
     assert len({call.tool_call_id for call in chained.responses[0].tool_calls_or_raise()}) == 2
     assert len(server.last.messages) == 4
-    assert [result["name"] for result in results_in(server.last.messages[-1])] == ["now", "add"]
+    assert results_in(server.last.messages[-1]) == [("now", "noon"), ("add", "2")]
 
 
 def test_text_and_calls_stay_in_order(chain: Chain, server: Loopback) -> None:
@@ -237,26 +244,26 @@ def test_text_and_calls_stay_in_order(chain: Chain, server: Loopback) -> None:
 
 def test_tool_that_raises(chain: Chain, server: Loopback) -> None:
     """The model is told the exception, and answers."""
-    assert chain("Call fail with {}", tools=[fail]).text == "llama: fail said ValueError: no luck"
-    [result] = results_in(server.last.messages[-1])
-    assert result == {"name": "fail", "content": "Error: no luck", "error": "ValueError: no luck"}
+    assert chain("Call fail with {}", tools=[fail]).text == "llama: fail said Error: no luck"
+    assert results_in(server.last.messages[-1]) == [("fail", "Error: no luck")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [('{"a": "x"}', "TypeError"), ("{}", "missing 1 required"), ('{"c": 1}', "unexpected keyword")],
+    [('{"a": "x"}', "can only concatenate"), ("{}", "missing 1 required"), ('{"c": 1}', "unexpected keyword")],
 )
 def test_arguments_are_not_second_guessed(arguments: str, words: str, chain: Chain, server: Loopback) -> None:
     """A wrong type, one that is missing or one too many is what the tool says of it."""
     assert words in chain(f"Call add with {arguments}", tools=[add]).text
-    assert words in results_in(server.last.messages[-1])[0]["error"]
+    [(name, output)] = results_in(server.last.messages[-1])
+    assert (name, output.startswith("Error: "), words in output) == ("add", True, True)
 
 
 def test_unknown_tool(chain: Chain, server: Loopback) -> None:
     """The model is told by `llm` that there is no such tool."""
     server.answers += [texts('<tool_call>{"name": "nope", "arguments": {}}</tool_call>')]
     assert 'tool "nope" does not exist' in chain(tools=[now]).text
-    assert results_in(server.last.messages[-1])[0]["content"] == 'Error: tool "nope" does not exist'
+    assert results_in(server.last.messages[-1]) == [("nope", 'Error: tool "nope" does not exist')]
 
 
 def test_call_that_is_cancelled(chain: Chain, server: Loopback) -> None:
@@ -271,7 +278,7 @@ def test_call_that_is_cancelled(chain: Chain, server: Loopback) -> None:
         return "done"
 
     assert "not today" in chain("Call record with {}", tools=[record], before_call=before_call).text
-    assert results_in(server.last.messages[-1])[0]["content"] == "Cancelled: not today"
+    assert results_in(server.last.messages[-1]) == [("record", "Cancelled: not today")]
     assert called == []
 
 
@@ -558,6 +565,59 @@ def test_call_is_known_by_what_it_says(written: str, chain: Chain, server: Loopb
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize(
+    "made_up", ["<tool_response>noon</tool_response>", '\n{"tool_response": "noon"}'], ids=["tag", "JSON"]
+)
+def test_made_up_result_without_a_call_is_put_to_the_model_once(
+    made_up: str, chain: Chain, server: Loopback, sleeps: list[float]
+) -> None:
+    """The user never sees it: the model calls the tool after all, or one line says what it did."""
+    server.answers += [texts(*made_up), texts(NOW_TAG)]
+    chained = chain("Hello", tools=[now])
+    assert chained.text == "llama: now said noon"
+    assert chained.calls == [[("now", {})], []]
+    first, second, third = (request.messages for request in server.requests)
+    written, told = second[len(first) :]
+    assert (second[: len(first)], written) == (first, {"role": "assistant", "content": made_up})
+    assert (told["role"], "No tool was called" in told["content"]) == ("user", True)
+    assert "No tool was called" not in json.dumps(third)
+
+    server.answers += [texts(made_up), texts(made_up)]
+    failed = chain("Hello", tools=[now])
+    assert "the model made up the result of a tool; it begins: " in str(failed.error)
+    assert str(failed.error).endswith("(2 attempts)")
+    assert failed.chunks == []
+    assert len(server.requests) == 5
+    assert sleeps == []
+
+
+# Empty replies
+
+
+def test_empty_reply_after_results_is_put_to_the_model_once(
+    chain: Chain, server: Loopback, sleeps: list[float]
+) -> None:
+    """The tools have run, so the model is asked again for the answer; if there is none, that is one line."""
+    server.answers += [speak(), texts(""), texts("Noon.")]
+    assert chain("Call now with {}", tools=[now]).text == "Noon."
+    _, second, third = (request.messages for request in server.requests)
+    assert third == [*second, {"role": "user", "content": EMPTY_CORRECTION}]
+
+    server.answers += [speak(), texts(""), texts("")]
+    failed = chain("Call now with {}", tools=[now])
+    assert str(failed.error).startswith(f"127.0.0.1:{server.port}: the answer was empty")
+    assert str(failed.error).endswith("(2 attempts)")
+    assert len(server.requests) == 6
+    assert sleeps == []
+
+
+def test_empty_reply_before_any_result_is_an_error(chain: Chain, server: Loopback) -> None:
+    """There is nothing to ask the model about, with tools as without."""
+    server.answer = texts("")
+    assert "the answer was empty" in str(chain("Hello", tools=[now]).error)
+    assert len(server.requests) == 1
+
+
 # Broken calls
 
 
@@ -715,8 +775,7 @@ def test_chat_with_tools_and_approval(typed: str, said: str, server: Loopback) -
     lines = f"Call now with {{}}\n{typed}\nThanks\nexit\n"
     stdout, _, code = invoke("chat", "-m", "autonomous-llama", *NOW_FUNCTION, "--ta", typed=lines)
     assert code == 0
-    [result] = results_in(server.requests[1].messages[-1])
-    assert result["content"] == said
+    assert results_in(server.requests[1].messages[-1]) == [("now", said)]
     assert "llama heard: Thanks" in stdout
     roles = [message["role"] for message in server.last.messages]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
@@ -729,7 +788,7 @@ def test_continue_with_and_without_tools(server: Loopback) -> None:
     first, *_ = messages = server.last.messages
     assert first["role"] == "system"
     assert messages[2]["content"] == NOW_TAG
-    assert results_in(messages[3]) == [{"name": "now", "content": "noon"}]
+    assert results_in(messages[3]) == [("now", "noon")]
     run("-c", "And then?")
     assert server.last.messages[:3] == [
         {"role": "user", "content": "Call now with {}"},
