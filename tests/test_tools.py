@@ -381,7 +381,7 @@ def test_answer_to_a_prompt_without_tools_is_text(text: str, ask: Ask, server: L
 
 def test_text_is_not_held(chain: Chain, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tools, each piece of text reaches the reader while the server still holds back the next."""
-    words, sent = ["One ", "a < b ", "and {two} ", "[three] ", "<toolbox> ", "five"], threading.Semaphore(1)
+    words, sent = ["One ", "a < b ", "and {two} ", "[three] ", "<toolbox> of ", "five"], threading.Semaphore(1)
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
