@@ -235,7 +235,7 @@ def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
     if "const" in schema:
         return schema["const"]
     if isinstance(schema.get("enum"), list):
-        return " or ".join(map(str, schema["enum"]))
+        return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
     kind = schema.get("type")
     if isinstance(kind, list):
         kind = kind[0] if kind else None
@@ -1086,7 +1086,7 @@ def repeats_tool(value: Any) -> bool:
 def read_call(value: Any) -> llm.ToolCall:
     """The tool call in a JSON value. Raises `ValueError` if there is none."""
     if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
+        raise ValueError("it is no JSON object")
     name, arguments = call_fields(value)
     if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
@@ -1101,7 +1101,7 @@ def read_call(value: Any) -> llm.ToolCall:
     try:
         arguments = json.loads(replace_surrogates(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
     except ValueError:
-        raise ValueError('its "arguments" contain NaN or Infinity, which JSON does not allow') from None
+        raise ValueError('its "arguments" contain NaN or Infinity, which are not JSON') from None
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
 
 
@@ -1148,7 +1148,7 @@ def wrapped(value: Any, text: str, schema: dict[str, Any]) -> list[tuple[Any, st
     """A value and its text; also in an object, if it is a list and the schema is of an object with one field for it."""
     required = schema.get("required")
     if isinstance(value, list) and isinstance(required, list) and len(required) == 1:
-        return [({required[0]: value}, f"{{{json.dumps(required[0])}: {text}}}"), (value, text)]
+        return [(value, text), ({required[0]: value}, f"{{{json.dumps(required[0])}: {text}}}")]
     return [(value, text)]
 
 

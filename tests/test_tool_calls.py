@@ -321,7 +321,6 @@ TEXTS = {
     "a number": "42",
     "a string": '"{\\"name\\": \\"add\\"}"',
     "a call between words": f"I would call {ADD_JSON} to add.",
-    "a call in a fence between words": f"Like this:\n```json\n{ADD_JSON}\n```\nThat would add.",
     "a call in code": f"```python\nllm.call('add', a=1)\ncalls = [now(), {ADD_JSON}]\n```",
     "a call in JSX": f"<App data={{{ADD_JSON}}} />",
     # The tools themselves
@@ -374,6 +373,7 @@ TEXTS = {
 }
 
 BROKEN = {
+    "a call in a fence between words": (f"So:\n```json\n{ADD_JSON}\n```\nThat would add.", ["So:\n"], "tool call"),
     "cut off": ('<tool_call>{"name": "add", "arguments": {"a": 1', [], "no valid JSON"),
     "cut off in a string": ('<tool_call>{"name": "add", "arguments": {"a": "x}}</tool_call>', [], "no valid JSON"),
     "cut off behind its first brace": ("<tool_call>{", [], "no valid JSON"),
