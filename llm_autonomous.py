@@ -1148,7 +1148,7 @@ def wrapped(value: Any, text: str, schema: dict[str, Any]) -> list[tuple[Any, st
     """A value and its text; also in an object, if it is a list and the schema is of an object with one field for it."""
     required = schema.get("required")
     if isinstance(value, list) and isinstance(required, list) and len(required) == 1:
-        return [({required[0]: value}, f"{{{json.dumps(required[0])}: {text}}}"), (value, text)]
+        return [(value, text), ({required[0]: value}, f"{{{json.dumps(required[0])}: {text}}}")]
     return [(value, text)]
 
 

@@ -170,7 +170,7 @@ REJECTED = {
     "cut off in its first string": ({"type": "array"}, '["see [1, 2] for', ""),
     "single quotes": (DOG, "{'name': 'Cleo', 'age': 4}", ""),
     "not in the enum": ({"enum": ["red"]}, '"blue"', 'at $, the schema has {"enum": ["red"]}'),
-    "what must not be there": ({"properties": {"a": False}}, '{"a": 1}', "at $.a, the schema has false"),
+    "what must not be there": ({"properties": {"a": False}}, '{"a": 1}', "the schema has false"),
     "words for a string": ({"type": "string"}, "forty-two", "no JSON"),
     "NaN": ({"properties": {"a": {"type": "number"}}}, '{"a": NaN}', ""),
     "infinity": ({"properties": {"a": {"type": "number"}}}, '{"a": -Infinity}', ""),
