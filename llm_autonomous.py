@@ -235,7 +235,7 @@ def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
     if "const" in schema:
         return schema["const"]
     if isinstance(schema.get("enum"), list):
-        return " or ".join(map(str, schema["enum"]))
+        return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
     kind = schema.get("type")
     if isinstance(kind, list):
         kind = kind[0] if kind else None
