@@ -566,7 +566,7 @@ def test_call_is_known_by_what_it_says(written: str, chain: Chain, server: Loopb
 
 
 @pytest.mark.parametrize(
-    "made_up", ["<tool_response>noon</tool_response>", '\n{"tool_response": "noon"}'], ids=["tag", "JSON"]
+    "made_up", ["<tool_response>noon</tool_response>", '{"tool_response": "noon"}'], ids=["tag", "JSON"]
 )
 def test_made_up_result_without_a_call_is_put_to_the_model_once(
     made_up: str, chain: Chain, server: Loopback, sleeps: list[float]
