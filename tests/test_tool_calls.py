@@ -393,11 +393,11 @@ BROKEN = {
     "cut off behind words": (f"So: {ADD_JSON[:-1]}", ["So: "], "JSON"),
     "a broken one behind a good one, both bare": (f"{ADD_JSON}\n{NOW_JSON[:-1]}", [], "JSON"),
     **{
-        f"{number} in {place}": (f'{start}{{"name": "add", "arguments": {{"a": [{number}]}}}}', [], "not JSON")
+        f"{number} in {place}": (f'{start}{{"name": "add", "arguments": {{"a": [{number}]}}}}', [], "NaN")
         for number in ("NaN", "Infinity", "-Infinity", "1e999")
         for place, start in (("a tag", "<tool_call>"), ("bare JSON", ""))
     },
-    "NaN in a string": ('{"name": "add", "arguments": "{\\"a\\": NaN}"}', [], "not JSON"),
+    "NaN in a string": ('{"name": "add", "arguments": "{\\"a\\": NaN}"}', [], "NaN"),
     "a function without arguments": ("<function=now></function>", [], "JSON"),
     "a function with broken arguments": ('<function=add>{"a": }</function>', [], "JSON"),
     "a function with a list": ('<function=add [{"a": 1}]</function>', [], "JSON"),
@@ -446,8 +446,8 @@ BROKEN = {
         [],
         '"arguments"',
     ),
-    "a list of numbers": ("<tool_call>[1, 2]</tool_call>", [], "no JSON object"),
-    "a list with a call and a number": (f"<tool_call>[{ADD_JSON}, 2]</tool_call>", [], "no JSON object"),
+    "a list of numbers": ("<tool_call>[1, 2]</tool_call>", [], "JSON object"),
+    "a list with a call and a number": (f"<tool_call>[{ADD_JSON}, 2]</tool_call>", [], "JSON object"),
     "an empty list": ("<tool_call>[]</tool_call>", [], ""),
     "nested too deep": (f"<tool_call>{'[' * 100_000}</tool_call>", [], ""),
     "nested too deep and closed": (f"<tool_call>{'[' * 3000}{']' * 3000}</tool_call>", [], ""),
@@ -497,7 +497,7 @@ def test_a_broken_call_takes_all_others_with_it(broken: str) -> None:
         assert outcome.error
 
 
-AT_THE_END = {
+AFTER_WORDS = {
     "bare": (f"I would call\n{ADD_JSON}", "I would call\n"),
     "in one line": (f"So: {ADD_JSON}", "So: "),
     "a list": (f"So: {BOTH_JSON}\n", "So: "),
@@ -505,6 +505,7 @@ AT_THE_END = {
     "a fence": (f"Like this:\n```json\n{ADD_JSON}\n```\n", "Like this:\n"),
     "a fence without a language": (f"Like this:\n```\n{ADD_JSON}```", "Like this:\n"),
     "a fence without an end": (f"Like this:\n```json\n{ADD_JSON}", "Like this:\n"),
+    "a fence and then words": (f"Like this:\n```json\n{ADD_JSON}\n```\nThat would add.", "Like this:\n"),
     "a fence of two": (f"Like this:\n```json\n{INDENTED}\n```", "Like this:\n"),
     "a brace too many": (f"So: {ADD_JSON}}}", "So: "),
     "a lonely closing tag": (f"So:\n{ADD_JSON}\n</tool_call>", "So:\n"),
@@ -514,9 +515,9 @@ AT_THE_END = {
 }
 
 
-@pytest.mark.parametrize(("text", "before"), AT_THE_END.values(), ids=AT_THE_END)
-def test_call_behind_words_at_the_end_is_asked_about(text: str, before: str) -> None:
-    """It may be a call or an example: the model has to say, and the JSON is not shown."""
+@pytest.mark.parametrize(("text", "before"), AFTER_WORDS.values(), ids=AFTER_WORDS)
+def test_call_after_words_is_asked_about(text: str, before: str) -> None:
+    """At the end or in a fence it may be a call or an example: the model has to say, and the JSON is not shown."""
     for pieces in ([text], *cuttings(text)):
         outcome = read(*pieces)
         assert outcome.told == ([before] if before else [])
