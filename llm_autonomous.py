@@ -1098,6 +1098,8 @@ def read_call(value: Any) -> llm.ToolCall:
         arguments = value if end == len(text) else text
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are not a JSON object')
+    if shallow(arguments, 100) != arguments:  # `llm`, which wraps them in more JSON, could fail to write them
+        raise ValueError('its "arguments" are nested too deeply')
     try:
         arguments = json.loads(replace_surrogates(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
     except ValueError:
