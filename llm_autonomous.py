@@ -1715,13 +1715,17 @@ class Attempt:
         self.enough = False  # nothing that still arrives is worth reading
 
     def trace(self, event: str, info: dict[str, Any]) -> Any:
-        """Take an event of httpcore's ``trace`` extension, and return the stream that it forgets to close, if any."""
+        """Follow the request on its way, by the events of httpcore's ``trace`` extension.
+
+        They say whether it got a new connection, and which proxy has yet to connect. A stream is returned to be closed:
+        httpcore leaves it open after a SOCKS proxy has failed.
+        """
         url, timeouts = self.exchange.url, self.request.extensions["timeout"]
         if event.endswith(".connect_tcp.started"):
             self.connected, peer = True, {"host": info["host"], "port": info["port"]}
             self.proxy = "" if url.copy_with(**peer) == url else url.copy_with(scheme="proxy", **peer).netloc.decode()
         elif event == "socks.setup_socks5_connection.started":
-            # httpcore waits for a SOCKS proxy without a timeout. For everything it reads later, it sets its own.
+            # httpcore reads a SOCKS proxy's replies without a timeout. To all that it reads later, it gives one itself.
             self.stream = info["stream"]
             self.stream.read = functools.partial(self.stream.read, timeout=timeouts["connect"])
         elif event == "socks.setup_socks5_connection.failed":
@@ -1734,7 +1738,7 @@ class Attempt:
             if self.kept and not self.exchange.reuse:
                 import httpcore
 
-                raise httpcore.ConnectionNotAvailable  # httpcore closes this connection, and looks for another
+                raise httpcore.ConnectionNotAvailable  # httpcore closes this connection and takes another
         return None
 
     def open(self, head: httpx.Response) -> None:
