@@ -1098,6 +1098,8 @@ def read_call(value: Any) -> llm.ToolCall:
         arguments = value if end == len(text) else text
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are not a JSON object')
+    if shallow(arguments, 100) != arguments:  # `llm`, which wraps them in more JSON, could fail to write them
+        raise ValueError('its "arguments" are nested too deeply')
     try:
         arguments = json.loads(replace_surrogates(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
     except ValueError:
@@ -1713,13 +1715,17 @@ class Attempt:
         self.enough = False  # nothing that still arrives is worth reading
 
     def trace(self, event: str, info: dict[str, Any]) -> Any:
-        """Take an event of httpcore's ``trace`` extension, and return the stream that it forgets to close, if any."""
+        """Follow the request on its way, by the events of httpcore's ``trace`` extension.
+
+        They say whether it got a new connection, and which proxy has yet to connect. A stream is returned to be closed:
+        httpcore leaves it open after a SOCKS proxy has failed.
+        """
         url, timeouts = self.exchange.url, self.request.extensions["timeout"]
         if event.endswith(".connect_tcp.started"):
             self.connected, peer = True, {"host": info["host"], "port": info["port"]}
             self.proxy = "" if url.copy_with(**peer) == url else url.copy_with(scheme="proxy", **peer).netloc.decode()
         elif event == "socks.setup_socks5_connection.started":
-            # httpcore waits for a SOCKS proxy without a timeout. For everything it reads later, it sets its own.
+            # httpcore reads a SOCKS proxy's replies without a timeout. To all that it reads later, it gives one itself.
             self.stream = info["stream"]
             self.stream.read = functools.partial(self.stream.read, timeout=timeouts["connect"])
         elif event == "socks.setup_socks5_connection.failed":
@@ -1732,7 +1738,7 @@ class Attempt:
             if self.kept and not self.exchange.reuse:
                 import httpcore
 
-                raise httpcore.ConnectionNotAvailable  # httpcore closes this connection, and looks for another
+                raise httpcore.ConnectionNotAvailable  # httpcore closes this connection and takes another
         return None
 
     def open(self, head: httpx.Response) -> None:
