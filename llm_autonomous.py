@@ -609,8 +609,7 @@ class Completion:
         waiting, self._waiting = self._waiting, []
         for choice in waiting:
             self._read_choice(choice, pieces)
-        self._add("text", self._characters.decode(b"", final=True), pieces)
-        self._put(self._thinking.feed("", end=True), pieces)
+        self._add("text", self._characters.decode(b"", final=True), pieces, end=True)
 
     def _note(self) -> None:
         if self.not_understood is None:
@@ -658,20 +657,17 @@ class Completion:
         if len(choices) != 1:
             own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)]
             return own[:1] or (choices[:1] if self._index is None else [])
-        index = choices[0].get("index")
         if self._index is None or self._index_counts:
             return choices
-        if index is not None and index != self._index:
-            last = self._waiting[-1]["index"] if self._waiting else self._index
-            if self._index_counts is None and isinstance(index, int) and index - last in (0, 1):
-                self._waiting.append(choices[0])
-                if index - self._index < MAX_CHOICES:
-                    return []
-                self._index_counts, choices = True, self._waiting
-            else:
-                choices = []
-        if not self._index_counts:
-            self._index_counts = False
+        index, last = choices[0].get("index"), self._waiting[-1]["index"] if self._waiting else self._index
+        named = index in (None, self._index)
+        if not named and self._index_counts is None and isinstance(index, int) and index - last in (0, 1):
+            self._waiting += choices
+            if index - self._index < MAX_CHOICES:
+                return []
+            self._index_counts, choices = True, self._waiting
+        else:
+            self._index_counts, choices = False, choices if named else []
         self._waiting = []
         return choices
 
@@ -744,7 +740,7 @@ class Completion:
             both = isinstance(arguments, str) and isinstance(known["arguments"], str)
             known["arguments"] = known["arguments"] + arguments if both else arguments or known["arguments"]
 
-    def _add(self, kind: str, text: str, pieces: list[Any], repeats: bool = False) -> None:
+    def _add(self, kind: str, text: str, pieces: list[Any], repeats: bool = False, end: bool = False) -> None:
         if self._half or not text.isascii():
             text = self._characters.decode(text.encode("utf-16-le", "surrogatepass"))
             self._half = bool(self._characters.getstate()[0])
@@ -754,20 +750,17 @@ class Completion:
             self._checksum[kind] = zlib.crc32(text.encode(), self._checksum[kind])
         elif zlib.crc32(text[:length].encode()) == self._checksum[kind]:
             text = text[length:]
-        if kind == "text" and self._thinking.over and text:
+        if kind == "text" and self._thinking.over and text:  # most text, so no list is made for it
             self.answered, self.whole = True, False
             pieces.append(text)
-        else:
-            self._put(self._thinking.feed(text) if kind == "text" else [(kind, text)], pieces)
-
-    def _put(self, found: list[tuple[str, str]], pieces: list[Any]) -> None:
-        for kind, text in found:
-            if text and kind == "text":
+            return
+        for found, part in self._thinking.feed(text, end) if kind == "text" else [(kind, text)]:
+            if part and found == "text":
                 self.answered, self.whole = True, False
-                pieces.append(text)
-            elif text:
+                pieces.append(part)
+            elif part:
                 self.reasoned = True
-                pieces.append(StreamEvent(type="reasoning", chunk=text))
+                pieces.append(StreamEvent(type="reasoning", chunk=part))
 
 
 # The fields that OpenAI documents, and those that others put in their place.
@@ -793,42 +786,35 @@ class Thinking:
 
     def __init__(self) -> None:
         self.over = False  # everything that follows is text
-        self._held: list[str] = []  # text that may begin with a tag
-        self._closing = ""  # the tag that ends the reasoning
-        self._closed = False
-        self._tail = ""  # a few characters that may begin that tag
+        self._closing: str | None = None  # the tag that ends the reasoning; empty once it has arrived
+        self._held: list[str] = []  # the end of the text so far, if it may begin a tag
 
     def feed(self, text: str, end: bool = False) -> list[tuple[str, str]]:
-        """What ``text``, the next of the answer, holds: pairs of a kind (``text`` or ``reasoning``) and a text."""
-        out: list[tuple[str, str]] = []
-        if not (self._closing or self.over):
-            self._held.append(text)
-            held = "".join(self._held)
-            begin = held.lstrip()
+        """Pairs of a kind (``text`` or ``reasoning``) and what ``text``, the next of the answer, holds of it."""
+        if not (text or end):
+            return []
+        held, self._held = [*self._held, text], []
+        reasoning, text = "", "".join(held)
+        if self._closing is None:
+            begin = text.lstrip()
             tag = next((tag for tag in THINKING_TAGS if begin.startswith(tag)), "")
-            if not (tag or end) and len(held) < MAX_HELD and any(tag.startswith(begin) for tag in THINKING_TAGS):
+            if not (tag or end) and len(text) < MAX_HELD and any(tag.startswith(begin) for tag in THINKING_TAGS):
+                self._held = held
                 return []
-            pieces, self._held, self.over = self._held, [], not tag
             if not tag:
-                return [("text", piece) for piece in pieces]
+                self.over = True
+                return [("text", piece) for piece in held]
             self._closing, text = tag.replace("<", "</"), begin[len(tag) :]
-        if self._closing and not self._closed:
-            reasoning, closing, text = (self._tail + text).partition(self._closing)
-            self._closed, self._tail = bool(closing), ""
-            if not (closing or end):
-                self._tail = reasoning[begin_of(self._closing, reasoning) :]
-                reasoning = reasoning[: len(reasoning) - len(self._tail)]
-            out.append(("reasoning", reasoning))
-        if not self.over:
-            text = text.lstrip()
-            self.over = bool(text)
-        return [*out, ("text", text)]
-
-
-def begin_of(tag: str, text: str) -> int:
-    """Where ``text`` ends with the beginning of ``tag``; its length if it does not."""
-    start = max(0, len(text) - len(tag) + 1)
-    return next((cut for cut in range(start, len(text)) if tag.startswith(text[cut:])), len(text))
+        if self._closing:
+            reasoning, closing, text = text.partition(self._closing)
+            cut = reasoning.rfind("<")
+            if closing:
+                self._closing = ""
+            elif cut >= 0 and not end and self._closing.startswith(reasoning[cut:]):
+                reasoning, self._held = reasoning[:cut], [reasoning[cut:]]
+        text = text.lstrip()
+        self.over = bool(text)
+        return [("reasoning", reasoning), ("text", text)]
 
 
 # Tool calls and JSON in what the model wrote
