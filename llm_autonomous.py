@@ -619,7 +619,7 @@ class Completion:
         choices = chunk.get("choices")
         plain = CHUNK_FIELDS.issuperset(chunk)
         alone = not choices and (self.recognized or "choices" in chunk)
-        if not plain and (error := reported_error(chunk, alone)):
+        if not plain and (error := reported_error(chunk, *objects_in(chunk), alone=alone)):
             raise error
         if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
             self.recognized = True
@@ -633,7 +633,7 @@ class Completion:
         self._read_end(chunk)
         if not plain and not choices and holds_more(chunk, CHUNK_FIELDS):
             # Whatever else a chunk holds is about the request. An object that is no chunk may hold the answer.
-            if "choices" not in chunk or is_failure(chunk):
+            if "choices" not in chunk or mentions_error(chunk):
                 self._note()
             self.ignored = self.ignored or (None if chunk.get("usage") else chunk)
 
@@ -672,10 +672,15 @@ class Completion:
         return choices
 
     def _read_choice(self, choice: dict[str, Any], pieces: list[Any]) -> None:
-        """Read a choice, whose text is in its ``delta``, in its ``message`` or in itself."""
-        if not CHOICE_FIELDS.issuperset(choice) and (error := reported_error(choice)):
-            raise error
+        """Read a choice, whose text is in its ``delta``, in its ``message`` or in itself.
+
+        It reports an error itself or in one of these. Deeper, an error counts only if there is no text.
+        """
         delta, message = choice.get("delta"), choice.get("message")
+        known = ((choice, CHOICE_FIELDS), (delta, MESSAGE_FIELDS), (message, MESSAGE_FIELDS))
+        unusual = [holder for holder, fields in known if isinstance(holder, dict) and not fields.issuperset(holder)]
+        if unusual and (error := reported_error(*unusual)):
+            raise error
         found = isinstance(delta, dict) and self._read_message(delta, pieces)
         if not found and ("text" in choice or "content" in choice):
             found = self._read_message(choice, pieces)
@@ -686,6 +691,8 @@ class Completion:
             if self._index is None:
                 index = choice.get("index")
                 self._index = index if isinstance(index, int) else 0
+        elif error := reported_error(*(nested for holder in unusual for nested in objects_in(holder))):
+            raise error
         elif (
             holds_more(delta, MESSAGE_FIELDS)
             or holds_more(message, MESSAGE_FIELDS)
@@ -696,8 +703,6 @@ class Completion:
 
     def _read_message(self, message: dict[str, Any], pieces: list[Any], repeats: bool = False) -> bool:
         """Read a message or a delta, and return whether it held anything. It may repeat what came in deltas."""
-        if not MESSAGE_FIELDS.issuperset(message) and (error := reported_error(message)):
-            raise error
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         content = message.get("content") or message.get("text") or message.get("refusal")
         for kind, value in (("reasoning", reasoning), ("text", content)):
@@ -769,6 +774,7 @@ CHUNK_FIELDS |= {"type", "finish_reason"}
 CHOICE_FIELDS = frozenset({"index", "delta", "message", "text", "content", "finish_reason", "logprobs", "usage"})
 MESSAGE_FIELDS = frozenset({"role", "name", "content", "text", "refusal", "tool_calls", "function_call"})
 MESSAGE_FIELDS |= {"reasoning", "reasoning_content"}
+MESSAGE_FIELDS |= {"reasoning_details", "annotations"}  # which describe what other fields hold
 
 
 def holds_more(value: Any, known: frozenset[str]) -> bool:
@@ -1228,7 +1234,7 @@ class Reply:
             self.error = cut_off if completion.answered else not_understood(framing.cut_off)
         elif self.error is None and not (completion.answered or calls):
             self.error = self._empty()
-        elif self.error is None and is_failure(unknown := completion.not_understood):
+        elif self.error is None and mentions_error(unknown := completion.not_understood):
             self.error = AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
         elif self.error is None and (self.parser or self.validator):
             pieces += self._read(calls, end=True)
@@ -1249,7 +1255,9 @@ class Reply:
         """The error for a reply without an answer, which quotes what it held instead."""
         framing, completion = self.framing, self.completion
         value = completion.ignored if completion.not_understood is None else completion.not_understood
-        if not (completion.recognized or framing.ended or is_failure(value)) and (framing.stray or value is not None):
+        if not (completion.recognized or framing.ended or mentions_error(value)) and (
+            framing.stray or value is not None
+        ):
             return not_understood(framing.stray or as_json(value))
         message = "the answer was empty"
         if completion.reasoned:
@@ -1411,28 +1419,32 @@ MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
 NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
 
 
-def reported_error(holder: dict[str, Any], alone: bool = False) -> AutonomousError | None:
-    """The error that an object reports, itself or in an object within it.
+def objects_in(holder: dict[str, Any]) -> list[dict[str, Any]]:
+    return [nested for nested in holder.values() if isinstance(nested, dict)]
 
-    It reports one in ``error`` or ``errors``, or in a message beside a code that does not stand for success. If it is
-    ``alone``, a message in place of a choice, it needs no code.
+
+def reported_error(*places: dict[str, Any], alone: bool = False) -> AutonomousError | None:
+    """The error that one of some objects reports.
+
+    It reports one in ``error`` or ``errors``, or in a message beside a code that does not stand for success. If the
+    first is ``alone``, a message in place of a choice, it needs no code.
     """
-    for place in (holder, *(nested for nested in holder.values() if isinstance(nested, dict))):
+    for place in places:
         message = any(isinstance(place.get(key), (str, list)) and place[key] for key in MESSAGE_KEYS)
         code = next((place[key] for key in ("code", "status_code") if key in place), None)
-        failed = says_failure(code) or (code is None and alone and place is holder)
-        if says_failure(place.get("error")) or says_failure(place.get("errors")) or (message and failed):
+        failed = is_error_value(code) or (code is None and alone and place is places[0])
+        if is_error_value(place.get("error")) or is_error_value(place.get("errors")) or (message and failed):
             return AutonomousError(f"the service reports an error: {quoted(error_words(place))}")
     return None
 
 
-def says_failure(value: Any) -> bool:
+def is_error_value(value: Any) -> bool:
     """Whether a code or an error is anything but empty or a word for success, itself or in all of its fields."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return any(isinstance(v, (dict, list)) or not re.fullmatch(NO_ERROR, str(v)) for v in inner)
 
 
-def is_failure(value: Any) -> bool:
+def mentions_error(value: Any) -> bool:
     """Whether a value that was not understood has a field or a word in it that stands for an error."""
     return value is not None and bool(re.search(r'(?i)"\w*(error|fail)\w*"', as_json(value)))
 
@@ -1592,19 +1604,17 @@ class Exchange:
                 self._report(attempt)
                 return
             located = error.located(self.url, attempt.number, checking=limit == 1)
-            wait = None if attempt.yielded else retry_wait(error, attempt.number, limit)
+            number, wait, corrected = attempt.number + 1, None, attempt.corrected
             if attempt.kept and error.retryable:
-                logger.info("%s; trying again on a new connection", located)
-                self.reuse = False
-                attempt = self.model.attempt_type(self, attempt.number, None, attempt.corrected)
-            elif error.correction and not attempt.corrected and attempt.number < limit:
-                logger.info("%s; asking the model to correct it", located)
-                attempt = self.model.attempt_type(self, attempt.number + 1, corrected=attempt)
-            elif wait is not None:
-                logger.info("%s; trying again in %.1f s", located, wait)
-                attempt = self.model.attempt_type(self, attempt.number + 1, wait, attempt.corrected)
+                step, number, self.reuse = "trying again on a new connection", attempt.number, False
+            elif error.correction and not corrected and number <= limit:
+                step, corrected = "asking the model to correct it", attempt
+            elif not attempt.yielded and (wait := retry_wait(error, attempt.number, limit)) is not None:
+                step = f"trying again in {wait:.1f} s"
             else:
                 raise located from attempt.failure
+            logger.info("%s; %s", located, step)
+            attempt = self.model.attempt_type(self, number, wait, corrected)
 
     def body(self, corrected: Attempt | None) -> bytes:
         """The request body: the prompt and, if an answer is to be corrected, that answer and what was wrong with it."""

@@ -377,6 +377,26 @@ def test_reply_without_text_tells_the_finish_reason() -> None:
     assert Decoded(reply + DONE).words == "the answer was empty (finish reason: content_filter)"
 
 
+FILTER = {"content_filter_results": {"error": {"code": "content_filter_error", "message": "timed out"}}}
+
+
+@pytest.mark.parametrize("text", ["fine", ""])
+def test_error_of_a_filter_counts_only_without_text(text: str) -> None:
+    """An error deep in a choice is about the choice only if that has no text."""
+    decoded = Decoded(f"data: {json.dumps({'choices': [{'delta': {'content': text}, **FILTER}]})}\n\n".encode() + DONE)
+    assert decoded.deltas == ([text] if text else [])
+    assert str(decoded.error) == ("None" if text else "the service reports an error: timed out")
+
+
+@pytest.mark.parametrize(("field", "known"), [("reasoning_details", True), ("annotations", True), ("images", False)])
+def test_what_describes_other_fields_needs_no_warning(field: str, known: bool) -> None:
+    """A delta without text that only describes what came before is understood; one with an image is not."""
+    extra = json.dumps({"choices": [{"delta": {"content": "", field: [{"data": "abc"}]}}]})
+    decoded = Decoded(f"data: {chunk('fine')}\n\ndata: {extra}\n\n".encode() + DONE)
+    assert decoded.deltas == ["fine"]
+    assert (decoded.decoder.completion.not_understood is None) == known
+
+
 def test_reply_cut_within_an_event() -> None:
     """A reply that ends within an event has not come whole."""
     decoded = Decoded(event("a") + event("b")[:20])
