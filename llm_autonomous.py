@@ -663,7 +663,7 @@ class Completion:
         named = index in (None, self._index)
         if not named and self._index_counts is None and isinstance(index, int) and index - last in (0, 1):
             self._waiting += choices
-            if index - self._index < MAX_CHOICES:
+            if len(self._waiting) < MAX_CHOICES:
                 return []
             self._index_counts, choices = True, self._waiting
         else:
@@ -1282,10 +1282,8 @@ class Reply:
         if self.written.tell() > MAX_EVENT_BYTES:
             self.error = self.error or too_large("an answer to a schema")
         calls = [piece for piece in pieces if not isinstance(piece, str)]
-        if self.error or calls or not end:
-            return (
-                reasoning + calls
-            )  # if there are any, the answer comes in a later round, and this text is not part of it
+        if self.error or calls or not end:  # if there are calls, the answer comes in a later round
+            return reasoning + calls
         try:
             return [matching_json(self.written.getvalue(), self.validator)]
         except AutonomousError as error:
