@@ -840,7 +840,7 @@ class ToolCallParser:
     """
 
     def __init__(self, names: Collection[str]) -> None:
-        self.names = names
+        self.names = frozenset(names)
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
         self._blank = True  # nothing but white space has been passed on
@@ -923,7 +923,7 @@ CALL_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"funct
 RESULT_STARTS = (RESULT_TAG, '{"tool_response"', '{"name":"tool_response"')
 
 
-def find_call(text: str, position: int, names: Collection[str], blank: bool, end: bool) -> Place | None:
+def find_call(text: str, position: int, names: frozenset[str], blank: bool, end: bool) -> Place | None:
     """The first place from ``position`` on where a call begins, or may begin unless this is the ``end`` of the answer.
 
     ``blank`` says that nothing but white space stands before ``text``, so that it may begin with a made-up result.
@@ -936,7 +936,7 @@ def find_call(text: str, position: int, names: Collection[str], blank: bool, end
     return None
 
 
-def begins_call(text: str, start: int, names: Collection[str], first: bool) -> Place | None:
+def begins_call(text: str, start: int, names: frozenset[str], first: bool) -> Place | None:
     """The place at ``start`` if a call of one of ``names`` begins there or, as the ``first`` thing, a result."""
     wrapping = re.compile(WRAPPING).match(text, start)
     assert wrapping
@@ -946,18 +946,24 @@ def begins_call(text: str, start: int, names: Collection[str], first: bool) -> P
         return place._replace(json=None)
     if tag in OWN_TAGS and text[begin] in "{[":
         return place
-    offered = [squeezed(name) for name in names]
-    starts = [*CALL_STARTS, *(f'{{"name":"{name}"' for name in offered)]
-    starts += [f"<function{sign}{name}" for name in offered for sign in "=(/"]
+    starts = call_starts(names)
     if first:
         starts += RESULT_STARTS
     if tag in ("python_tag", *OWN_TAGS) or (first and text[start] == "["):
-        starts += [f"{name}{call}" for name in offered for call in ("(", ".call(")]
+        starts += tuple(f"{squeezed(name)}{call}" for name in names for call in ("(", ".call("))
     beginning = squeezed(text[begin : begin + MAX_HELD])
-    if beginning.startswith(tuple(starts)):
+    if beginning.startswith(starts):
         return place
     early = len(text) - begin < MAX_HELD and any(start.startswith(beginning) for start in starts)
     return place._replace(json=None) if early else None
+
+
+@functools.lru_cache
+def call_starts(names: frozenset[str]) -> tuple[str, ...]:
+    """How calls of tools with these names can begin, in the form that `squeezed` gives."""
+    offered = [squeezed(name) for name in names]
+    functions = (f"<function{sign}{name}" for name in offered for sign in "=(/")
+    return (*CALL_STARTS, *(f'{{"name":"{name}"' for name in offered), *functions)
 
 
 def squeezed(text: str) -> str:
@@ -1211,9 +1217,8 @@ class Reply:
         framing, completion = self.framing, self.completion
         if self.error is None:
             try:
-                read = completion.read
                 for value in framing.feed(data, end):
-                    read(value, pieces)
+                    completion.read(value, pieces)
                 if framing.error:
                     raise framing.error
                 if end or framing.ended:
