@@ -587,6 +587,166 @@ def test_made_up_result_behind_bare_json() -> None:
         assert without_space(read(*pieces).told) == [ADD]
 
 
+# What a real model wrote: Qwen2.5-Coder 1.5B, in the runs of tests/real_model.py
+
+REAL_NAMES = (
+    "add",
+    "convert_currency",
+    "create_event",
+    "find_user",
+    "get_time",
+    "get_user",
+    "get_weather",
+    "list_files",
+    "multiply",
+    "send_email",
+)
+REAL: list[tuple[str, str | list[str]]] = [
+    (
+        "To get the profile of the user with ID 31, I will call the get_user tool.\n"
+        '{"name": "get_user", "arguments": {"user_id": 31}}',
+        "asked",
+    ),
+    (
+        "To convert 125 euros to dollars, you can use the `convert_currency` tool. Here's how you c"
+        "an call it:\n"
+        "\n"
+        "```json\n"
+        "{\n"
+        '  "name": "convert_currency",\n'
+        '  "arguments": {\n'
+        '    "amount": 125,\n'
+        '    "from_currency": "eur",\n'
+        '    "to_currency": "usd"\n'
+        "  }\n"
+        "}\n"
+        "```\n"
+        "\n"
+        "This will return the equivalent amount in dollars.",
+        "asked",
+    ),
+    (
+        '<tool_response>{"weather": "sunny", "temperature": "20°C", "unit": "celsius"}</tool_response>',
+        "asked",
+    ),
+    (
+        "<tool_response>None</tool_response>",
+        "asked",
+    ),
+    (
+        '```json\n{\n  "tool_response": "Event created successfully."\n}\n```',
+        "asked",
+    ),
+    (
+        "<tool_response>\n"
+        "{\n"
+        '  "get_weather": {\n'
+        '    "city": "Paris",\n'
+        '    "unit": "celsius"\n'
+        "  },\n"
+        '  "get_weather": {\n'
+        '    "city": "Rome",\n'
+        '    "unit": "celsius"\n'
+        "  }\n"
+        "}\n"
+        "</tool_response>",
+        "asked",
+    ),
+    (
+        '<tool_response>: {"result": "The light in the bedroom has been turned on and the thermosta'
+        't has been set to 19 degrees."}',
+        "asked",
+    ),
+    (
+        '<tool_response>{"name": "get_user", "arguments": {"user_id": 123}}',
+        "asked",
+    ),
+    (
+        "<tool_response>: 125 euros = 111.11 dollars",
+        "asked",
+    ),
+    (
+        "<tool_response>['src']</tool_response>",
+        "asked",
+    ),
+    (
+        '{"name": "multiply", "arguments": {"a": 12, "b": 13}}\n'
+        '{"name": "add", "arguments": {"a": 100, "b": {"name": "multiply", "arguments": {"a": 12, "'
+        'b": 13}}}}',
+        ["multiply", "add"],
+    ),
+    (
+        '{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}}\n'
+        '{"name": "get_weather", "arguments": {"city": "Rome", "unit": "celsius"}}',
+        ["get_weather", "get_weather"],
+    ),
+    (
+        '```json\n{\n  "name": "get_user",\n  "arguments": {\n    "user_id": 12345\n  }\n}\n```',
+        ["get_user"],
+    ),
+    (
+        '{"name": "find_user", "arguments": {"name": "Alice Smith"}}\n'
+        '{"name": "send_email", "arguments": {"to": ["Alice Smith"], "subject": "Invoice", "body": '
+        '"It is attached.", "cc": null}}',
+        ["find_user", "send_email"],
+    ),
+    (
+        '{\n  "name": "get_user",\n  "email": "example@example.com"\n}',
+        "text",
+    ),
+    (
+        '```json\n{\n  "result": "Light in living room turned on at 40%"\n}\n```',
+        "text",
+    ),
+    (
+        '{"name": "Rex", "age": 3}',
+        "text",
+    ),
+    (
+        "To find the e-mail address of the user Alice Smith, I will call the `find_user` tool with "
+        'the arguments {"name": "Alice Smith"}.',
+        "text",
+    ),
+    (
+        "To convert 250 US dollars to euros, you can use the `convert_currency` tool with the follo"
+        "wing arguments:\n"
+        "```json\n"
+        "{\n"
+        '  "amount": 250,\n'
+        '  "from_currency": "USD",\n'
+        '  "to_currency": "EUR"\n'
+        "}\n"
+        "```\n"
+        "The result will be the amount in euros.",
+        "text",
+    ),
+    (
+        '1. {"name": "get_weather", "arguments": {"city": "London", "unit": "celsius"}}',
+        "asked",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), REAL, ids=range(len(REAL)))
+def test_text_of_a_real_model_is_read_in_every_cutting(text: str, told: str | list[str]) -> None:
+    """Its calls are made, its made-up results and calls after words are put to it, and its JSON is text."""
+
+    def outcome(pieces: Iterable[str]) -> str | list[str]:
+        parser = ToolCallParser(REAL_NAMES)
+        out = [part for piece in pieces for part in parser.feed([piece])] + parser.feed([], end=True)
+        calls = [part.name for part in out if isinstance(part, llm.ToolCall)]
+        if parser.error:
+            assert parser.error.correction
+            return "asked"
+        if not calls:
+            assert "".join(out) == text
+        return calls or "text"
+
+    assert outcome([text]) == told
+    for pieces in cuttings(text):
+        assert outcome(pieces) == told
+
+
 # What is held
 
 # What is the beginning of a call, even of one that cannot be read, or of a made-up result.
