@@ -325,7 +325,7 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
 def call_text(part: ToolCallPart, tools: bool) -> str:
     if not tools:
         return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
-    return tagged("tool_call", {"name": part.name, "arguments": part.arguments})
+    return tool_call({"name": part.name, "arguments": part.arguments})
 
 
 def result_text(part: ToolResultPart, tools: bool) -> str:
@@ -334,8 +334,9 @@ def result_text(part: ToolResultPart, tools: bool) -> str:
     return RESULT.format(name=part.name, output=part.output or f"Error: {part.exception}")
 
 
-def tagged(tag: str, value: dict[str, Any]) -> str:
-    return f"<{tag}>\n{json.dumps(value, ensure_ascii=False, default=str)}\n</{tag}>"
+def tool_call(value: dict[str, Any]) -> str:
+    """A tool call as the model is asked to write it."""
+    return f"<tool_call>\n{json.dumps(value, ensure_ascii=False, default=str)}\n</tool_call>"
 
 
 def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
@@ -630,14 +631,14 @@ class Completion:
         for key in ("id", "model", "created"):
             if key not in self.envelope and chunk.get(key) is not None:
                 self.envelope[key] = shallow(chunk[key])
-        self._read_end(chunk)
+        self._read_outcome(chunk)
         if not plain and not choices and holds_more(chunk, CHUNK_FIELDS):
             # Whatever else a chunk holds is about the request. An object that is no chunk may hold the answer.
             if "choices" not in chunk or mentions_error(chunk):
                 self._note()
             self.ignored = self.ignored or (None if chunk.get("usage") else chunk)
 
-    def _read_end(self, holder: dict[str, Any]) -> None:
+    def _read_outcome(self, holder: dict[str, Any]) -> None:
         """Read the usage and the finish reason in a chunk or a choice."""
         if usage := holder.get("usage"):
             self.envelope["usage"] = shallow(usage)
@@ -699,7 +700,7 @@ class Completion:
             or (not choice.get("finish_reason") and holds_more(choice, CHOICE_FIELDS))
         ):
             self._note()
-        self._read_end(choice)
+        self._read_outcome(choice)
 
     def _read_message(self, message: dict[str, Any], pieces: list[Any], repeats: bool = False) -> bool:
         """Read a message or a delta, and return whether it held anything. It may repeat what came in deltas."""
@@ -831,8 +832,9 @@ class ToolCallParser:
 
     A call is JSON with the name of an offered tool and an object of arguments, standing on its own: at the start of the
     answer, in a tag, after ``<|python_tag|>``, or after another call. It is recognized by what it says, not by what it
-    is wrapped in. If something begins as a call but cannot be read, or ends an answer that began with words, the model
-    is asked to write it again. Everything else is text and comes out unchanged, except for white space next to a call.
+    is wrapped in. If something begins as a call but cannot be read, or comes after words, in a code fence or at the end
+    of the answer, the model is asked to write it again. Everything else is text and comes out unchanged, except for
+    white space next to a call.
 
     Text is passed on at once, but everything from the first call on is held until the end, because the model may have
     to write all calls again. `feed` never raises: the problem is left in `error`, with a correction for the model. The
@@ -907,7 +909,7 @@ class Place(NamedTuple):
 RESULT_TAG = "<tool_response>"
 OPENING = r"""<(?=[|\w-]|\Z)|`(?=``[^`]|`{0,2}\Z)|\{(?=\s{0,99}(?:["']|\Z))|\[(?=\s{0,99}(?:\[\s{0,99})?(?:[{\w]|\Z))"""
 WRAPPING = r"(?:(?:<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))\s{0,255}){0,3}"
-HALF_WRAPPING = r"(<\|?[\w-]{0,64}\|?|`{1,2})\Z"
+HALF_WRAPPING = r"(<\|?[\w-]{0,64}\|?|`{1,2})?\Z"
 FUNCTION = r"<function[=(/]([\w.-]+)[\s>()=:,\"]*(?={)"
 EXTRA_BRACKETS = r"(?:[\s;,]*[}\]])*"
 CLOSING_FENCE = r"(?:\s*```)?"
@@ -942,7 +944,7 @@ def begins_call(text: str, start: int, names: frozenset[str], first: bool) -> Pl
     assert wrapping
     tag, begin = wrapping["tag"] or "", wrapping.end()
     place = Place(start, begin, tag, bool(wrapping["fence"]))
-    if re.compile(rf"\Z|{HALF_WRAPPING}").match(text, begin):
+    if re.compile(HALF_WRAPPING).match(text, begin):
         return place._replace(json=None)
     if tag in OWN_TAGS and text[begin] in "{[":
         return place
@@ -974,7 +976,7 @@ def squeezed(text: str) -> str:
 def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> tuple[list[llm.ToolCall], int]:
     """The calls at a place and the position after them, or no calls and the position up to which it is text.
 
-    ``alone`` says that nothing but calls stands before the place. Raises what the model has to be asked.
+    ``alone`` says that nothing but calls stands before the place. Raises if the model has to be asked what it means.
     """
     begin = end = cast("int", place.json)
     if squeezed(text[begin : begin + MAX_HELD]).startswith(RESULT_STARTS):
@@ -1190,14 +1192,12 @@ class Reply:
     returned.
     """
 
-    def __init__(
-        self, parser: ToolCallParser | None = None, validator: Any = None, after_results: bool = False
-    ) -> None:
+    def __init__(self, parser: ToolCallParser | None = None, validator: Any = None, new_results: bool = False) -> None:
         self.framing = Framing()
         self.completion = Completion()
         self.parser = parser  # only if there are tools
         self.validator = validator  # only if there is a schema
-        self.after_results = after_results  # tools have run, so an empty answer is worth another question
+        self.new_results = new_results  # of tools were sent, so an empty answer is worth another question
         self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected
         self.error: AutonomousError | None = None
 
@@ -1234,24 +1234,29 @@ class Reply:
         calls = self._native_calls() if self.error is None else []
         if failure and not (known or self.whole or framing.page):
             self.error = transport_error(failure, completion.answered, timeout)
-        elif self.error is None and framing.cut_off and not self.whole:
+        elif self.error:
+            pass
+        elif framing.cut_off and not self.whole:
             cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
             self.error = cut_off if completion.answered else not_understood(framing.cut_off)
-        elif self.error is None and not (completion.answered or calls):
+        elif not (completion.answered or calls):
             self.error = self._empty()
-        elif self.error is None and mentions_error(unknown := completion.not_understood):
+        elif mentions_error(unknown := completion.not_understood):
             self.error = AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
-        elif self.error is None and (self.parser or self.validator):
+        elif self.parser or self.validator:
             pieces += self._read(calls, end=True)
         return pieces
 
     def _native_calls(self) -> list[str]:
-        """The tool calls that came in OpenAI's own format, in the words that the model was asked to use."""
+        """The tool calls that came in OpenAI's own format, as the model is asked to write them.
+
+        A call of a tool that was not offered is noted as not understood.
+        """
         written = []
         for call in self.completion.calls:
             value = {"name": call["name"], "arguments": call["arguments"] or {}}
             if self.parser and call["name"] in self.parser.names:
-                written.append(tagged("tool_call", value))
+                written.append(tool_call(value))
             elif self.completion.not_understood is None:
                 self.completion.not_understood = {"tool_calls": [value]}
         return written
@@ -1271,7 +1276,7 @@ class Reply:
             message += f" (finish reason: {quoted(str(reason))})"
         if value is not None:
             message += f"; the reply was: {quoted(as_json(value))}"
-        correction = EMPTY_CORRECTION if self.after_results else None
+        correction = EMPTY_CORRECTION if self.new_results else None
         return AutonomousError(message, outage=True, correction=correction)
 
     def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
@@ -1332,7 +1337,7 @@ class AutonomousError(llm.ModelError, click.ClickException):
         retryable: bool = False,  # another attempt may succeed
         retry_after: float | None = None,  # seconds to wait before it, if the server says so
         outage: bool = False,  # typical of a service that is down
-        correction: str | None = None,  # what to tell the model, if it was the model's mistake
+        correction: str | None = None,  # what to say to the model, if the mistake was its own
     ) -> None:
         super().__init__(message)
         self.retryable = retryable
@@ -1375,7 +1380,7 @@ def made_up_result(text: str) -> AutonomousError:
 
 def call_after_words(text: str) -> AutonomousError:
     return AutonomousError(
-        f"the answer ends with a tool call that is not marked as one; it begins: {quoted(text)}",
+        f"the answer holds a tool call that is not marked as one; it begins: {quoted(text)}",
         correction="Your answer ends with a tool call. If you want to call the tool, reply with that call alone, "
         "between <tool_call> and </tool_call>. If you do not, answer without it.",
     )
@@ -1396,11 +1401,12 @@ def web_page(page: str, status: str = "") -> AutonomousError:
     # Without the limits, a page that repeats "<title" would take quadratic time.
     found = re.search(r"<title[^>]{0,99}>([^<]{1,999})", page, re.IGNORECASE)
     title = quoted(html.unescape(found[1])) if found else ""
-    text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|\Z)|<!--.*?(-->|\Z)|<[^<>]*(>|\Z)", " ", page)
-    words = quoted(html.unescape(text))
-    answer = "answered with a web page " + (f"titled: {title}" if title else "without a title")
-    if words and not title:
-        answer += f": {words}"
+    if title:
+        answer = f"answered with a web page titled: {title}"
+    else:
+        text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|\Z)|<!--.*?(-->|\Z)|<[^<>]*(>|\Z)", " ", page)
+        words = quoted(html.unescape(text))
+        answer = "answered with a web page without a title" + (f": {words}" if words else "")
     return AutonomousError(f"{status}: {answer}" if status else answer, outage=True)
 
 
@@ -1579,7 +1585,7 @@ class Exchange:
         messages = build_messages(
             prompt.messages, service.attachment_types, bool(self.tools), instructions, after_results
         )
-        self.after_results = bool(self.tools) and holds_new_results(prompt.messages)
+        self.new_results = bool(self.tools) and holds_new_results(prompt.messages)
         last = messages[-1] if messages else {"role": "user", "content": ""}
         # A caller may give the model the beginning of its answer. In a conversation, that is the answer before this.
         answered = last["role"] == "assistant" and conversation is not None
@@ -1703,7 +1709,7 @@ class Attempt:
         )
         tools = exchange.tools
         parser = ToolCallParser({tool.name for tool in tools}) if tools else None
-        self.reply = Reply(parser, exchange.validator, exchange.after_results)
+        self.reply = Reply(parser, exchange.validator, exchange.new_results)
         self.yielded = False  # the user has seen some of the answer
         self.failure: Exception | None = None
         self.error_head: httpx.Response | None = None  # status and headers, if the status is not 2xx
@@ -1859,7 +1865,7 @@ def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
 
 
 def quote_location(head: httpx.Response) -> None:
-    """Make a URL of a ``Location`` that is none. httpx parses it and would raise, although no redirect is followed."""
+    """Escape a ``Location`` that is not a URL. httpx parses it and would raise, although no redirect is followed."""
     import httpx
 
     try:
