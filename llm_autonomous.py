@@ -14,7 +14,6 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
-import codecs
 import contextlib
 import datetime
 import email.utils
@@ -558,81 +557,93 @@ class Completion:
     The values are chat completion chunks or one whole chat completion, as OpenAI documents them
     (https://platform.openai.com/docs/api-reference/chat). Each value is read, is known to be harmless, or is remembered
     as not understood. Nothing is dropped in silence: whoever reads the reply has to report `not_understood`.
+
+    `feed` never raises: the error that a value reports is left in `error`, and what came before it is still returned.
     """
 
     def __init__(self) -> None:
         self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, if they were sent
         self.calls: list[dict[str, Any]] = []  # tool calls in OpenAI's own format, as far as they have arrived
         self.recognized = False  # a chunk or a whole completion has arrived
-        self.answered = False  # some text has arrived
-        self.reasoned = False  # some reasoning has arrived
         self.whole = False  # the answer is complete: there was a finish reason, or a whole completion
         self.not_understood: Any = None  # the first value that may hold a part of the answer in an unknown form
         self.ignored: Any = None  # the first chunk without choices that held something else of unknown meaning
+        self.error: AutonomousError | None = None
+        self._pieces: list[str | StreamEvent] = []  # what `feed` will return
         self._value: Any = None  # the value that is being read
         self._previous: dict[str, Any] = {}  # the chunk before it, if that held nothing but text
         self._previous_delta: dict[str, Any] = {}
         self._index: Any = None  # of the choice that is the answer
         self._index_counts: bool | None = None  # chunks, and names no choice; None while that is not clear
         self._waiting: list[dict[str, Any]] = []  # choices that are part of the answer if the index counts
-        self._length = {"text": 0, "reasoning": 0}  # of what came in deltas, to recognize a repetition of it
-        self._checksum = {"text": 0, "reasoning": 0}
-        self._thinking = Thinking()
-        # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk, and
-        # the other begins the next. Neither half can be printed or stored. This decoder waits for the second.
-        self._characters = codecs.getincrementaldecoder("utf-16-le")("replace")
-        self._half = False  # it is waiting
+        self._sums = {"text": (0, 0), "reasoning": (0, 0)}  # length and checksum of what came in deltas
+        self._half = ""  # half a character
 
-    def read(self, value: Any, pieces: list[Any]) -> None:
-        """Add the text (`str`) and reasoning (`StreamEvent`) in a value to ``pieces``. Raises the error it reports."""
+    def feed(self, values: list[Any], end: bool = False) -> list[str | StreamEvent]:
+        """The text (`str`) and the reasoning (`StreamEvent`) in ``values``, or what waited for the ``end``."""
+        try:
+            for value in values:
+                self._read(value)
+            if end:
+                self._index_counts, waiting, self._waiting = True, self._waiting, []
+                for choice in waiting:
+                    self._read_chunk({"choices": [choice]})
+                self._add("text", "", end=True)
+        except AutonomousError as error:
+            self.error = error
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _read(self, value: Any) -> None:
         try:
             # Most chunks differ from the one before in their text alone, so the rest of them needs no second look.
             delta = value["choices"][0]["delta"]
             self._previous_delta["content"] = text = delta["content"]
             if value == self._previous and type(text) is str:
-                self._add("text", text, pieces)
+                self._add("text", text)
                 return
         except (LookupError, TypeError):
             delta = {}
-        self._value, before = value, len(pieces)
-        if isinstance(value, dict):
-            self._read_chunk(value, pieces)
-        elif isinstance(value, list) and all(isinstance(chunk, dict) for chunk in value):
-            for chunk in value:
-                self._read_chunk(chunk, pieces)
-        elif value:
-            self._note()
-        plain = len(pieces) > before and delta.keys() <= {"role", "content"} and not self.whole
-        self._previous, self._previous_delta = (value, delta) if plain and self._index_counts is not None else ({}, {})
-
-    def close(self, pieces: list[Any]) -> None:
-        """Add what was still waiting for more to ``pieces``."""
-        waiting, self._waiting = self._waiting, []
-        for choice in waiting:
-            self._read_choice(choice, pieces)
-        self._add("text", self._characters.decode(b"", final=True), pieces, end=True)
+        self._value, before = value, len(self._pieces)
+        for chunk in value if isinstance(value, list) else [value]:
+            if isinstance(chunk, dict):
+                self._read_chunk(chunk)
+            elif chunk:
+                self._note()
+        usual = len(self._pieces) > before and delta.keys() <= {"role", "content"} and not self.whole
+        self._previous, self._previous_delta = (value, delta) if usual and self._index_counts is not None else ({}, {})
 
     def _note(self) -> None:
         if self.not_understood is None:
             self.not_understood = self._value
 
-    def _read_chunk(self, chunk: dict[str, Any], pieces: list[Any]) -> None:
+    def _read_chunk(self, chunk: dict[str, Any]) -> None:
+        """Read a chunk and the choice in it that is the answer.
+
+        Each of its objects may report an error. Deeper, an error counts only if the chunk holds nothing else.
+        """
         choices = chunk.get("choices")
-        plain = CHUNK_FIELDS.issuperset(chunk)
+        usable = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
+        answer = self._of_answer(cast("list[Any]", choices)) if usable else []
+        unusual = [] if CHUNK_FIELDS.issuperset(chunk) else [chunk]
+        for choice in answer:
+            unusual += [] if CHOICE_FIELDS.issuperset(choice) else [choice]
+            messages = (choice.get("delta"), choice.get("message"))
+            unusual += [part for part in messages if isinstance(part, dict) and not MESSAGE_FIELDS.issuperset(part)]
         alone = not choices and (self.recognized or "choices" in chunk)
-        if not plain and (error := reported_error(chunk, *objects_in(chunk), alone=alone)):
+        if unusual and (error := reported_error(*unusual, alone=alone)):
             raise error
-        if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
-            self.recognized = True
-            for choice in self._of_answer(choices):
-                self._read_choice(choice, pieces)
-        elif choices:
-            self._note()
+        self.recognized = self.recognized or usable
+        found = [self._read_choice(choice) for choice in answer]
+        if unusual and not any(found) and (error := reported_error(*objects_in(*unusual))):
+            raise error
         for key in ("id", "model", "created"):
             if key not in self.envelope and chunk.get(key) is not None:
                 self.envelope[key] = shallow(chunk[key])
         self._read_outcome(chunk)
-        if not plain and not choices and holds_more(chunk, CHUNK_FIELDS):
+        if choices and not usable:
+            self._note()
+        elif unusual and not choices and holds_more(chunk, CHUNK_FIELDS):
             # Whatever else a chunk holds is about the request. An object that is no chunk may hold the answer.
             if "choices" not in chunk or mentions_error(chunk):
                 self._note()
@@ -655,45 +666,34 @@ class Completion:
         index that only ever rises by one counts, so every chunk is part of the answer. One that comes back names a
         choice, and the first choice is the answer. Until it is clear which of the two it is, later choices wait.
         """
-        if len(choices) != 1:
-            own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)]
-            return own[:1] or (choices[:1] if self._index is None else [])
+        own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)]
         if self._index is None or self._index_counts:
-            return choices
-        index, last = choices[0].get("index"), self._waiting[-1]["index"] if self._waiting else self._index
-        named = index in (None, self._index)
-        if not named and self._index_counts is None and isinstance(index, int) and index - last in (0, 1):
-            self._waiting += choices
-            if len(self._waiting) < MAX_CHOICES:
-                return []
-            self._index_counts, choices = True, self._waiting
-        else:
-            self._index_counts, choices = False, choices if named else []
-        self._waiting = []
-        return choices
+            return (own or choices)[:1]
+        if self._index_counts is None and len(choices) == 1:
+            index, last = choices[0].get("index"), self._waiting[-1]["index"] if self._waiting else self._index
+            if not own and isinstance(index, int) and index - last in (0, 1):
+                self._waiting += choices
+                if len(self._waiting) < MAX_CHOICES:
+                    return []
+                self._index_counts, own = True, self._waiting
+            else:
+                self._index_counts = False
+            self._waiting = []
+        return own
 
-    def _read_choice(self, choice: dict[str, Any], pieces: list[Any]) -> None:
-        """Read a choice, whose text is in its ``delta``, in its ``message`` or in itself.
-
-        It reports an error itself or in one of these. Deeper, an error counts only if there is no text.
-        """
+    def _read_choice(self, choice: dict[str, Any]) -> bool:
+        """Read a choice, whose text is in its ``delta``, its ``message`` or itself, and return whether it has any."""
         delta, message = choice.get("delta"), choice.get("message")
-        known = ((choice, CHOICE_FIELDS), (delta, MESSAGE_FIELDS), (message, MESSAGE_FIELDS))
-        unusual = [holder for holder, fields in known if isinstance(holder, dict) and not fields.issuperset(holder)]
-        if unusual and (error := reported_error(*unusual)):
-            raise error
-        found = isinstance(delta, dict) and self._read_message(delta, pieces)
+        found = isinstance(delta, dict) and self._read_message(delta)
         if not found and ("text" in choice or "content" in choice):
-            found = self._read_message(choice, pieces)
+            found = self._read_message(choice)
         if not found and isinstance(message, dict):
-            found = self._read_message(message, pieces, repeats=True)
+            found = self._read_message(message, repeats=True)
         self.whole = self.whole or bool(message and not delta)
         if found:
             if self._index is None:
                 index = choice.get("index")
                 self._index = index if isinstance(index, int) else 0
-        elif error := reported_error(*(nested for holder in unusual for nested in objects_in(holder))):
-            raise error
         elif (
             holds_more(delta, MESSAGE_FIELDS)
             or holds_more(message, MESSAGE_FIELDS)
@@ -701,17 +701,18 @@ class Completion:
         ):
             self._note()
         self._read_outcome(choice)
+        return found
 
-    def _read_message(self, message: dict[str, Any], pieces: list[Any], repeats: bool = False) -> bool:
+    def _read_message(self, message: dict[str, Any], repeats: bool = False) -> bool:
         """Read a message or a delta, and return whether it held anything. It may repeat what came in deltas."""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         content = message.get("content") or message.get("text") or message.get("refusal")
         for kind, value in (("reasoning", reasoning), ("text", content)):
             if type(value) is str:
-                self._add(kind, value, pieces, repeats)
+                self._add(kind, value, repeats)
             elif value:
                 for part_kind, text in self._parts(kind, value):
-                    self._add(part_kind, text, pieces, repeats)
+                    self._add(part_kind, text, repeats)
         calls = message.get("tool_calls") or message.get("function_call")
         if calls and not (repeats and self.calls):
             self._read_calls(calls if isinstance(calls, list) else [{"function": calls}])
@@ -746,27 +747,22 @@ class Completion:
             both = isinstance(arguments, str) and isinstance(known["arguments"], str)
             known["arguments"] = known["arguments"] + arguments if both else arguments or known["arguments"]
 
-    def _add(self, kind: str, text: str, pieces: list[Any], repeats: bool = False, end: bool = False) -> None:
+    def _add(self, kind: str, text: str, repeats: bool = False, end: bool = False) -> None:
         if self._half or not text.isascii():
-            text = self._characters.decode(text.encode("utf-16-le", "surrogatepass"))
-            self._half = bool(self._characters.getstate()[0])
-        length = self._length[kind]
+            # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk,
+            # and the other begins the next. Neither can be printed or stored, so the first waits for the second.
+            text, self._half = self._half + text, ""
+            if not end and "\ud800" <= text[-1:] <= "\udbff":
+                text, self._half = text[:-1], text[-1]
+            text = replace_surrogates(text)
+        length, checksum = self._sums[kind]
         if not repeats:
-            self._length[kind] = length + len(text)
-            self._checksum[kind] = zlib.crc32(text.encode(), self._checksum[kind])
-        elif zlib.crc32(text[:length].encode()) == self._checksum[kind]:
+            self._sums[kind] = length + len(text), zlib.crc32(text.encode(), checksum)
+        elif zlib.crc32(text[:length].encode()) == checksum:
             text = text[length:]
-        if kind == "text" and self._thinking.over and text:  # most text, so no list is made for it
-            self.answered, self.whole = True, False
-            pieces.append(text)
-            return
-        for found, part in self._thinking.feed(text, end) if kind == "text" else [(kind, text)]:
-            if part and found == "text":
-                self.answered, self.whole = True, False
-                pieces.append(part)
-            elif part:
-                self.reasoned = True
-                pieces.append(StreamEvent(type="reasoning", chunk=part))
+        if text:
+            self.whole = self.whole and kind != "text"
+            self._pieces.append(text if kind == "text" else StreamEvent(type="reasoning", chunk=text))
 
 
 # The fields that OpenAI documents, and those that others put in their place.
@@ -792,25 +788,36 @@ class Thinking:
     """
 
     def __init__(self) -> None:
-        self.over = False  # everything that follows is text
+        self.answered = False  # some text has arrived, and everything that follows is text as well
+        self.reasoned = False  # some reasoning has arrived
         self._closing: str | None = None  # the tag that ends the reasoning; empty once it has arrived
         self._held: list[str] = []  # the end of the text so far, if it may begin a tag
 
-    def feed(self, text: str, end: bool = False) -> list[tuple[str, str]]:
-        """Pairs of a kind (``text`` or ``reasoning``) and what ``text``, the next of the answer, holds of it."""
-        if not (text or end):
-            return []
+    def feed(self, pieces: list[str | StreamEvent], end: bool = False) -> list[str | StreamEvent]:
+        """The ``pieces`` of `Completion`, with the reasoning in the text among the reasoning."""
+        if self.answered:
+            return pieces
+        split: list[str | StreamEvent] = []
+        for piece in pieces:
+            split += [piece] if self.answered or not isinstance(piece, str) else self._split(piece)
+        if end and not self.answered:
+            split += self._split("", end=True)
+        self.reasoned = self.reasoned or any(not isinstance(piece, str) for piece in split)
+        return split
+
+    def _split(self, text: str, end: bool = False) -> list[str | StreamEvent]:
+        """The reasoning and the texts in ``text``, which is the next of the answer."""
         held, self._held = [*self._held, text], []
         reasoning, text = "", "".join(held)
         if self._closing is None:
             begin = text.lstrip()
             tag = next((tag for tag in THINKING_TAGS if begin.startswith(tag)), "")
-            if not (tag or end) and len(text) < MAX_HELD and any(tag.startswith(begin) for tag in THINKING_TAGS):
-                self._held = held
-                return []
             if not tag:
-                self.over = True
-                return [("text", piece) for piece in held]
+                if not end and len(text) < MAX_HELD and any(tag.startswith(begin) for tag in THINKING_TAGS):
+                    self._held = held
+                    return []
+                self.answered = bool(text)
+                return [piece for piece in held if piece]
             self._closing, text = tag.replace("<", "</"), begin[len(tag) :]
         if self._closing:
             reasoning, closing, text = text.partition(self._closing)
@@ -820,8 +827,9 @@ class Thinking:
             elif cut >= 0 and not end and self._closing.startswith(reasoning[cut:]):
                 reasoning, self._held = reasoning[:cut], [reasoning[cut:]]
         text = text.lstrip()
-        self.over = bool(text)
-        return [("reasoning", reasoning), ("text", text)]
+        self.answered = bool(text)
+        thought = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
+        return [*thought, text] if text else [*thought]
 
 
 # Tool calls and JSON in what the model wrote
@@ -1195,6 +1203,7 @@ class Reply:
     def __init__(self, parser: ToolCallParser | None = None, validator: Any = None, new_results: bool = False) -> None:
         self.framing = Framing()
         self.completion = Completion()
+        self.thinking = Thinking()
         self.parser = parser  # only if there are tools
         self.validator = validator  # only if there is a schema
         self.new_results = new_results  # of tools were sent, so an empty answer is worth another question
@@ -1213,39 +1222,56 @@ class Reply:
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The pieces completed by ``data``, the next bytes of the reply, or by its ``end``."""
-        pieces: list[Any] = []
-        framing, completion = self.framing, self.completion
-        if self.error is None:
-            try:
-                for value in framing.feed(data, end):
-                    completion.read(value, pieces)
-                if framing.error:
-                    raise framing.error
-                if end or framing.ended:
-                    completion.close(pieces)
-            except AutonomousError as error:
-                self.error = error
+        if self.error:
+            return []
+        values = self.framing.feed(data, end)
+        end = end or self.framing.ended
+        pieces = self.thinking.feed(self.completion.feed(values, end), end)
+        self.error = self.completion.error or self.framing.error
         return self._read(pieces) if pieces and (self.parser or self.validator) else pieces
 
     def close(self, failure: Exception | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Any]:
         """The pieces completed by the end of the reply, whether it came as it should or by a ``failure``."""
         known, pieces = self.error, self.feed(b"", end=True)
-        framing, completion = self.framing, self.completion
-        calls = self._native_calls() if self.error is None else []
-        if failure and not (known or self.whole or framing.page):
-            self.error = transport_error(failure, completion.answered, timeout)
-        elif self.error:
-            pass
-        elif framing.cut_off and not self.whole:
-            cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
-            self.error = cut_off if completion.answered else not_understood(framing.cut_off)
-        elif not (completion.answered or calls):
-            self.error = self._empty()
-        elif mentions_error(unknown := completion.not_understood):
-            self.error = AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
-        elif self.parser or self.validator:
+        calls = self._native_calls()
+        self.error = known or self._problem(failure, timeout, bool(calls))
+        if not self.error and (self.parser or self.validator):
             pieces += self._read(calls, end=True)
         return pieces
+
+    def _problem(self, failure: Exception | None, timeout: float, called: bool) -> AutonomousError | None:
+        """What is wrong with the reply, now that it has ended."""
+        framing, answered = self.framing, self.thinking.answered
+        if failure and not (self.whole or framing.page):
+            return transport_error(failure, answered, timeout)
+        if self.error:
+            return self.error
+        if framing.cut_off and not self.whole:
+            cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
+            return cut_off if answered else not_understood(framing.cut_off)
+        if not (answered or called):
+            return self._empty()
+        if mentions_error(unknown := self.completion.not_understood):
+            return AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
+        return None
+
+    def _empty(self) -> AutonomousError:
+        """The error for a reply without an answer, which quotes what it held instead."""
+        framing, completion = self.framing, self.completion
+        value = completion.ignored if completion.not_understood is None else completion.not_understood
+        if not (completion.recognized or framing.ended or mentions_error(value)) and (
+            framing.stray or value is not None
+        ):
+            return not_understood(framing.stray or as_json(value))
+        message = "the answer was empty"
+        if self.thinking.reasoned:
+            message += ", after some reasoning"
+        if reason := completion.envelope.get("finish_reason"):
+            message += f" (finish reason: {quoted(str(reason))})"
+        if value is not None:
+            message += f"; the reply was: {quoted(as_json(value))}"
+        correction = EMPTY_CORRECTION if self.new_results else None
+        return AutonomousError(message, outage=True, correction=correction)
 
     def _native_calls(self) -> list[str]:
         """The tool calls that came in OpenAI's own format, as the model is asked to write them.
@@ -1260,24 +1286,6 @@ class Reply:
             elif self.completion.not_understood is None:
                 self.completion.not_understood = {"tool_calls": [value]}
         return written
-
-    def _empty(self) -> AutonomousError:
-        """The error for a reply without an answer, which quotes what it held instead."""
-        framing, completion = self.framing, self.completion
-        value = completion.ignored if completion.not_understood is None else completion.not_understood
-        if not (completion.recognized or framing.ended or mentions_error(value)) and (
-            framing.stray or value is not None
-        ):
-            return not_understood(framing.stray or as_json(value))
-        message = "the answer was empty"
-        if completion.reasoned:
-            message += ", after some reasoning"
-        if reason := completion.envelope.get("finish_reason"):
-            message += f" (finish reason: {quoted(str(reason))})"
-        if value is not None:
-            message += f"; the reply was: {quoted(as_json(value))}"
-        correction = EMPTY_CORRECTION if self.new_results else None
-        return AutonomousError(message, outage=True, correction=correction)
 
     def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
         """Find the tool calls. Hold the answer to a schema until it is complete, since half of it is of no use."""
@@ -1428,8 +1436,8 @@ MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
 NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
 
 
-def objects_in(holder: dict[str, Any]) -> list[dict[str, Any]]:
-    return [nested for nested in holder.values() if isinstance(nested, dict)]
+def objects_in(*holders: dict[str, Any]) -> list[dict[str, Any]]:
+    return [nested for holder in holders for nested in holder.values() if isinstance(nested, dict)]
 
 
 def reported_error(*places: dict[str, Any], alone: bool = False) -> AutonomousError | None:
