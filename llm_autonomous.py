@@ -423,21 +423,24 @@ class Framing:
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
         self._document = False  # the rest of the reply is one thing: a web page, or JSON spread over lines
-        self._failed = False  # the event is named error, and its data has not come yet
+        self._named_error = False  # the event is named error
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The values completed by ``data``, the next bytes of the reply, or by its ``end``."""
         values: list[Any] = []
         if self.error is None and not self.ended:
             try:
-                self._read_bytes(data, values)
+                self._read_lines(data, values)
                 if end:
-                    self._read_end(values)
+                    last_line = self._line.decode("utf-8", "replace")
+                    if last_line:
+                        self._read_line(last_line, values)
+                    self._end_event(values, cut=bool(last_line))
             except AutonomousError as error:
                 self.error = error
         return values
 
-    def _read_bytes(self, data: bytes, values: list[Any]) -> None:
+    def _read_lines(self, data: bytes, values: list[Any]) -> None:
         # Lines end at CRLF, LF or CR and nowhere else. No splitlines, then: it would also break lines at U+2028.
         if self._skip_newline and data:
             self._skip_newline = False
@@ -457,17 +460,11 @@ class Framing:
                 self._read_line(line.decode("utf-8", "replace"), values)
                 if self.ended:
                     return
-            elif (self._held or self._failed) and not self._document:
-                self._read_held(values)
+            elif (self._held or self._named_error) and not self._document:
+                self._end_event(values)
         self._line += rest
         if len(self._line) > MAX_EVENT_BYTES:
             raise too_large()
-
-    def _read_end(self, values: list[Any]) -> None:
-        last_line = self._line.decode("utf-8", "replace")
-        if last_line:
-            self._read_line(last_line, values)
-        self._read_held(values, cut=bool(last_line))
 
     def _read_line(self, line: str, values: list[Any]) -> None:
         if self._first:
@@ -478,20 +475,20 @@ class Framing:
         elif line.startswith("data:") or line == "data":
             # Most events are a single line, which is read at once: some servers send no blank line after it. The
             # lines of any other event are held until it is complete.
-            if self._held:
+            if self._held or self._named_error:
                 self._hold(line[5:].removeprefix(" "))
-            elif rest := self._read_values(line[5:].lstrip(), values):
+            elif rest := self._decode_values(line[5:].lstrip(), values):
                 self._hold(rest)
         elif line.startswith("event:"):
-            self._failed = line[6:].strip() == "error"
+            self._named_error = line[6:].strip() == "error"
         elif line.startswith("error:"):
-            self._failed = True
+            self._named_error = True
             self._hold(line[6:])
         elif line.startswith(":") or line.partition(":")[0] in ("event", "id", "retry"):
             pass
         elif line.lstrip().startswith(("{", "[", "<")):
-            self._read_held(values)
-            if rest := self._read_values(line.lstrip(), values):
+            self._end_event(values)
+            if rest := self._decode_values(line.lstrip(), values):
                 self._document = True
                 self._hold(rest)
         elif re.fullmatch(r"(?as)\s*|[\w-]+(:.*)?", line):
@@ -505,23 +502,25 @@ class Framing:
         if len(self._held) > MAX_EVENT_BYTES:
             raise too_large()
 
-    def _read_held(self, values: list[Any], cut: bool = False) -> None:
-        """Read the event that ends here, at a blank line, at the next event or at the end of the reply."""
+    def _end_event(self, values: list[Any], cut: bool = False) -> None:
+        """Read what is held. The event ends at a blank line, at the next event, or ``cut`` off where the reply ends."""
         held = self._held.decode().lstrip()
         self._held.clear()
         if held.startswith("<"):
             self.page = True
             raise web_page(held)
-        rest = self._read_values(held, values)
-        if self._failed:
-            self._failed = False
-            values.append({"error": rest or "event: error"})
-        elif rest and not cut:
+        read: list[Any] = []
+        rest = self._decode_values(held, read)
+        if self._named_error:
+            self._named_error = False
+            values.append({"error": rest or next(filter(None, read), "event: error")})
+            return
+        values += read
+        if rest and not cut:
             raise not_understood(rest)
-        elif rest:
-            self.cut_off = rest
+        self.cut_off = rest
 
-    def _read_values(self, text: str, values: list[Any]) -> str:
+    def _decode_values(self, text: str, values: list[Any]) -> str:
         """Read as many JSON values as there are, and return the rest: the beginning of one that is not complete."""
         start = 0
         while start < len(text) and not self.ended:
@@ -535,8 +534,6 @@ class Framing:
                 else:
                     return text[start:]
             else:
-                if self._failed:
-                    value, self._failed = {"error": value or "event: error"}, False
                 values.append(value)
                 start = end if end == len(text) else skip(r"\s*", text, end)
         return ""
