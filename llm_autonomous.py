@@ -215,37 +215,36 @@ def tool_instructions(tools: list[llm.Tool]) -> str:
 
 def schema_instructions(schema: dict[str, Any]) -> str:
     """Which JSON to answer with."""
-    written, example = (json.dumps(value, ensure_ascii=False) for value in (schema, example_of(schema, schema)))
-    return SCHEMA_INSTRUCTIONS.format(schema=written, example=example)
+    example: Any = "..."
+    with contextlib.suppress(AttributeError, LookupError, TypeError):  # if a $ref leads to something that is no schema
+        example = example_of(schema, schema)
+    written = [json.dumps(value, ensure_ascii=False) for value in (schema, example)]
+    return SCHEMA_INSTRUCTIONS.format(schema=written[0], example=written[1])
 
 
 def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
     """A JSON value in the shape that a schema describes: ``"..."`` for a string, ``0`` for a number, and so on."""
     if not isinstance(schema, dict) or not depth:
         return "..."
-    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
+    inner = functools.partial(example_of, root=root, depth=depth - 1)
+    if schema.get("$ref", "").startswith("#/"):
         target: Any = root
-        for key in reference[2:].split("/"):
+        for key in schema["$ref"][2:].split("/"):
             target = target.get(key) if isinstance(target, dict) else None
-        return example_of(target, root, depth - 1)
-    for key in ("anyOf", "oneOf", "allOf"):
-        if schema.get(key) and isinstance(schema[key], list):
-            return example_of(schema[key][0], root, depth - 1)
+        return inner(target)
+    if choices := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
+        return inner(choices[0])
     if "const" in schema:
         return schema["const"]
-    if isinstance(schema.get("enum"), list):
+    if "enum" in schema:
         return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
     kind = schema.get("type")
     if isinstance(kind, list):
-        kind = kind[0] if kind else None
+        kind = kind[0]
     if kind == "object" or "properties" in schema:
-        properties = schema.get("properties")
-        return {
-            name: example_of(inner, root, depth - 1)
-            for name, inner in (properties.items() if isinstance(properties, dict) else ())
-        }
+        return {name: inner(value) for name, value in schema.get("properties", {}).items()}
     if kind == "array":
-        return [example_of(schema.get("items"), root, depth - 1)]
+        return [inner(schema.get("items"))]
     return {"integer": 0, "number": 0, "boolean": True, "null": None}.get(str(kind), "...")
 
 
@@ -508,7 +507,7 @@ class Framing:
         self._held.clear()
         if held.startswith("<"):
             self.page = True
-            raise web_page(held)
+            raise AutonomousError(page_words(held), outage=True)
         read: list[Any] = []
         rest = self._decode_values(held, read)
         if self._named_error:
@@ -1399,20 +1398,18 @@ def broken_call(problem: str, text: str) -> AutonomousError:
     )
 
 
-def web_page(page: str, status: str = "") -> AutonomousError:
+def page_words(page: str) -> str:
+    """What an error says of a web page: its title or, if it has none, its text."""
     import html
 
     page = page[:MAX_PAGE_BYTES]
     # Without the limits, a page that repeats "<title" would take quadratic time.
     found = re.search(r"<title[^>]{0,99}>([^<]{1,999})", page, re.IGNORECASE)
-    title = quoted(html.unescape(found[1])) if found else ""
-    if title:
-        answer = f"answered with a web page titled: {title}"
-    else:
-        text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|\Z)|<!--.*?(-->|\Z)|<[^<>]*(>|\Z)", " ", page)
-        words = quoted(html.unescape(text))
-        answer = "answered with a web page without a title" + (f": {words}" if words else "")
-    return AutonomousError(f"{status}: {answer}" if status else answer, outage=True)
+    if found and (title := quoted(html.unescape(found[1]))):
+        return f"answered with a web page titled: {title}"
+    text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|\Z)|<!--.*?(-->|\Z)|<[^<>]*(>|\Z)", " ", page)
+    words = quoted(html.unescape(text))
+    return "answered with a web page without a title" + (f": {words}" if words else "")
 
 
 def error_words(body: object) -> str:
@@ -1475,11 +1472,12 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
     words = body.decode("utf-8", "replace").lstrip("\ufeff").strip()
     page = words.startswith("<")
     if page:
-        message = web_page(words, status).message
+        words = page_words(words)
     else:
         with contextlib.suppress(ValueError, RecursionError):  # then it is plain text
             words = error_words(json.loads(words))
-        message = f"{status}: {quoted(words)}" if words else status
+        words = quoted(words)
+    message = f"{status}: {words}" if words else status
     retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
     if retry_after is not None:
         message += f"; it asks to wait {retry_after:.0f} s"

@@ -315,6 +315,13 @@ def test_reference_to_nowhere_is_an_error(ask: Ask, server: Loopback) -> None:
     assert len(server.requests) <= 1
 
 
+@pytest.mark.parametrize("inner", [{"enum": 5}, {"anyOf": {"a": 1}}, {"type": []}, {"properties": 3}, {"$ref": 4}, "x"])
+def test_reference_to_what_is_no_schema_is_an_error(inner: Any, ask: Ask, server: Loopback) -> None:
+    """Only the keywords of a schema are checked before it is sent, so a reference may lead to anything."""
+    server.answer = texts(CLEO)
+    assert ask(schema={"$ref": "#/other", "other": inner}).line
+
+
 # What goes wrong on the way
 
 
