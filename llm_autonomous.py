@@ -1129,28 +1129,30 @@ def matching_json(text: str, validator: Any) -> str:
     """The last JSON value in an answer that matches the schema. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
-    problem = "it holds no JSON"
+    problem = ""
     for value, json_text in reversed([*find_json(text)]):
-        for candidate, written in wrapped(value, json_text, validator.schema):
+        for candidate, written in possible_answers(value, json_text, validator.schema):
             try:
                 error = best_match(validator.iter_errors(candidate))
             except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
                 raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
             if error is None:
                 return written
-        if not problem.startswith("at $"):
-            # jsonschema's own message shows values as Python writes them, which a model would copy.
-            wanted = as_json({error.validator: error.validator_value} if error.validator else False)
-            problem = quoted(f"at {error.json_path}, the schema has {wanted}")
+        if problem:
+            continue
+        # jsonschema's own message shows values as Python writes them, which a model would copy.
+        wanted = as_json({error.validator: error.validator_value} if error.validator else False)
+        problem = quoted(f"at {error.json_path}, the schema has {wanted}")
         if isinstance(value, dict) and {"type", "properties"} <= value.keys():
             problem = "it repeats the schema, without values"
+    problem = problem or "it holds no JSON"
     raise AutonomousError(
         f"the answer does not match the schema: {problem}; it begins: {quoted(text)}",
         correction=f"Your answer does not match the JSON schema: {problem}. {schema_instructions(validator.schema)}",
     )
 
 
-def wrapped(value: Any, text: str, schema: dict[str, Any]) -> list[tuple[Any, str]]:
+def possible_answers(value: Any, text: str, schema: dict[str, Any]) -> list[tuple[Any, str]]:
     """A value and its text; also in an object, if it is a list and the schema is of an object with one field for it."""
     required = schema.get("required")
     if isinstance(value, list) and isinstance(required, list) and len(required) == 1:
@@ -1577,34 +1579,38 @@ class Exchange:
     """One prompt: what to send, when to try again, and what to tell `llm` in the end. No I/O."""
 
     def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any, conversation: Any) -> None:
-        service, options = model.service, cast(AutonomousOptions, prompt.options)
+        options = cast(AutonomousOptions, prompt.options)
+        self.model = model
+        self.stream = stream
+        self.proxy = options.proxy
+        self.timeout = options.timeout or DEFAULT_TIMEOUT
         self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
-        prompt.schema = schema_of(prompt, conversation)
-        self.validator = schema_validator(prompt.schema) if prompt.schema else None
-        in_json = schema_instructions(prompt.schema) if prompt.schema else ""
+        self.schema = prompt.schema = schema_of(prompt, conversation)  # also for the log of `llm`
+        self.validator = schema_validator(self.schema) if self.schema else None
+        self.new_results = bool(self.tools) and holds_new_results(prompt.messages)
+        self.messages = self._messages(prompt, conversation)
+        url = endpoint_url(model.service.endpoint)
+        self.auth = (url.username, url.password) if url.userinfo else None
+        self.url = url.copy_with(userinfo=b"")  # httpx logs it, so it must not have the password
+        self.reuse = True  # connections of earlier prompts may be used
+        # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
+        # would keep the connection open until the garbage collector runs.
+        self.response: Any = weakref.proxy(response)
+
+    def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
+        """The messages to send. Raises if the user has given nothing to answer."""
+        in_json = schema_instructions(self.schema) if self.schema else ""
         instructions, after_results = in_json, ""
         if self.tools:  # a model that knows the schema before it has the results makes them up
             instructions, after_results = tool_instructions(self.tools), f"{AFTER_RESULTS} {in_json}".strip()
-        messages = build_messages(
-            prompt.messages, service.attachment_types, bool(self.tools), instructions, after_results
-        )
-        self.new_results = bool(self.tools) and holds_new_results(prompt.messages)
+        image_types = self.model.service.attachment_types
+        messages = build_messages(prompt.messages, image_types, bool(self.tools), instructions, after_results)
         last = messages[-1] if messages else {"role": "user", "content": ""}
         # A caller may give the model the beginning of its answer. In a conversation, that is the answer before this.
         answered = last["role"] == "assistant" and conversation is not None
         if answered or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
             raise AutonomousError("the prompt is empty: nothing was sent")
-        url = endpoint_url(service.endpoint)
-        self.auth = (url.username, url.password) if url.userinfo else None
-        self.url = url.copy_with(userinfo=b"")  # httpx logs it, so it must not have the password
-        self.reuse = True  # connections of earlier prompts may be used
-        self.messages, self.stream = messages, stream
-        self.proxy = options.proxy
-        self.timeout = options.timeout or DEFAULT_TIMEOUT
-        self.model = model
-        # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
-        # would keep the connection open until the garbage collector runs.
-        self.response: Any = weakref.proxy(response)
+        return messages
 
     def attempts(self) -> Iterator[Attempt]:
         """One attempt after another, for as long as trying again may help. Raises the error of the last."""
@@ -1704,7 +1710,7 @@ class Attempt:
         self.connected = False  # a connection was opened for it
         self.kept = False  # it was sent on an older connection, and no reply has begun
         self.proxy = ""  # host and port of a proxy that has yet to connect
-        self.stream: Any = None  # the connection to a SOCKS proxy
+        self.socks_stream: Any = None  # the connection to a SOCKS proxy
         limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict(), "trace": functools.partial(exchange.model.trace, self)}
         self.request = httpx.Request(
@@ -1734,10 +1740,10 @@ class Attempt:
             self.proxy = "" if url.copy_with(**peer) == url else url.copy_with(scheme="proxy", **peer).netloc.decode()
         elif event == "socks.setup_socks5_connection.started":
             # httpcore reads a SOCKS proxy's replies without a timeout. To all that it reads later, it gives one itself.
-            self.stream = info["stream"]
-            self.stream.read = functools.partial(self.stream.read, timeout=timeouts["connect"])
+            self.socks_stream = info["stream"]
+            self.socks_stream.read = functools.partial(info["stream"].read, timeout=timeouts["connect"])
         elif event == "socks.setup_socks5_connection.failed":
-            return self.stream
+            return self.socks_stream
         elif event == "http11.send_request_headers.started" and info["request"].method == b"CONNECT":
             timeouts["read"] = timeouts["connect"]
         elif event.endswith((".send_request_headers.started", "socks.start_tls.started", "proxy.start_tls.started")):
