@@ -662,9 +662,9 @@ class Completion:
         index that only ever rises by one counts, so every chunk is part of the answer. One that comes back names a
         choice, and the first choice is the answer. Until it is clear which of the two it is, later choices wait.
         """
-        own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)]
+        own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)][:1]
         if self._index is None or self._index_counts:
-            return (own or choices)[:1]
+            return own or choices[:1]
         if self._index_counts is None and len(choices) == 1:
             index, last = choices[0].get("index"), self._waiting[-1]["index"] if self._waiting else self._index
             if not own and isinstance(index, int) and index - last in (0, 1):
@@ -707,8 +707,9 @@ class Completion:
             if type(value) is str:
                 self._add(kind, value, repeats)
             elif value:
-                for part_kind, text in self._parts(kind, value):
-                    self._add(part_kind, text, repeats)
+                parts = [*self._parts(kind, value)]
+                for own in ("reasoning", "text"):
+                    self._add(own, "".join(text for part_kind, text in parts if part_kind == own), repeats)
         calls = message.get("tool_calls") or message.get("function_call")
         if calls and not (repeats and self.calls):
             self._read_calls(calls if isinstance(calls, list) else [{"function": calls}])
@@ -734,14 +735,17 @@ class Completion:
             if not isinstance(function, dict):
                 self._note()
                 continue
-            key, arguments = (call.get("index", position), call.get("id")), function.get("arguments")
-            known = next((c for c in self.calls if c["key"][0] == key[0] and key[1] in (None, "", c["key"][1])), None)
-            if known is None:
-                known = {"key": key, "name": "", "arguments": ""}
-                self.calls.append(known)
+            index, own_id, arguments = call.get("index", position), call.get("id"), function.get("arguments")
+            same = [known for known in self.calls if known["index"] == index and own_id in (None, "", known["id"])]
+            if not same:
+                same = [{"index": index, "id": own_id, "name": "", "arguments": ""}]
+                self.calls += same
+            known = same[0]
             known["name"] = known["name"] or function.get("name")
-            both = isinstance(arguments, str) and isinstance(known["arguments"], str)
-            known["arguments"] = known["arguments"] + arguments if both else arguments or known["arguments"]
+            if isinstance(arguments, str) and isinstance(known["arguments"], str):
+                known["arguments"] += arguments
+            else:
+                known["arguments"] = arguments or known["arguments"]
 
     def _add(self, kind: str, text: str, repeats: bool = False, end: bool = False) -> None:
         if self._half or not text.isascii():

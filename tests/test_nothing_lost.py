@@ -125,6 +125,9 @@ INDICES = {
     "two choices in turns": Row(stream(*choices("axby", 0, 1, 0, 1), STOP), "ab"),
     "two choices in turns, counted from 1": Row(stream(*choices("axby", 1, 2, 1, 2), STOP), "ab"),
     "three choices in turns": Row(stream(*choices("axpbyq", 0, 1, 2, 0, 1, 2), STOP), "ab"),
+    "two choices without an index": Row(
+        stream(*({"choices": [{"delta": {"content": text}} for text in texts]} for texts in ("ax", "by", "cz"))), "abc"
+    ),
     "two choices, one after the other": Row(stream(*choices("abxy", 0, 0, 1, 1), STOP), "ab"),
 }
 
@@ -262,6 +265,9 @@ TEXTS = {
     ),
     "whole completion after the deltas, as a bare line": Row(
         stream(delta("Once "), delta("upon"), body(message("Once upon")) + b"\n"), "Once upon"
+    ),
+    "whole completion in parts after the deltas": Row(
+        stream(delta("Once "), delta("upon"), message(PARTS)), "Once upon"
     ),
     "the same delta twice": Row(stream(delta("ha"), delta("ha"), STOP), "haha"),
     "content in parts": Row(stream(choice({"content": PARTS}), STOP), "Once upon"),
