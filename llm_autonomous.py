@@ -567,7 +567,7 @@ class Completion:
         self.error: AutonomousError | None = None
         self._pieces: list[str | StreamEvent] = []  # what `feed` will return
         self._value: Any = None  # the value that is being read
-        self._previous: dict[str, Any] = {}  # the chunk before it, if that held nothing but text
+        self._previous: dict[str, Any] = {}  # the choice before it, if that held nothing but text
         self._previous_delta: dict[str, Any] = {}
         self._index: Any = None  # of the choice that is the answer
         self._index_counts: bool | None = None  # chunks, and names no choice; None while that is not clear
@@ -592,14 +592,16 @@ class Completion:
 
     def _read(self, value: Any) -> None:
         try:
-            # Most chunks differ from the one before in their text alone, so the rest of them needs no second look.
-            delta = value["choices"][0]["delta"]
+            # Most choices differ from the one before in their text alone, so the rest of them needs no second look.
+            [choice] = value["choices"]
+            delta = choice["delta"]
             self._previous_delta["content"] = text = delta["content"]
-            if value == self._previous and type(text) is str:
+            usual = choice == self._previous and type(text) is str and CHUNK_FIELDS.issuperset(value)
+            if usual and not (value.get("usage") or value.get("finish_reason")):
                 self._add("text", text)
                 return
-        except (LookupError, TypeError):
-            delta = {}
+        except (LookupError, TypeError, ValueError):
+            choice = delta = {}
         self._value, before = value, len(self._pieces)
         for chunk in value if isinstance(value, list) else [value]:
             if isinstance(chunk, dict):
@@ -607,7 +609,7 @@ class Completion:
             elif chunk:
                 self._note()
         usual = len(self._pieces) > before and delta.keys() <= {"role", "content"} and not self.whole
-        self._previous, self._previous_delta = (value, delta) if usual and self._index_counts is not None else ({}, {})
+        self._previous, self._previous_delta = (choice, delta) if usual and self._index_counts is not None else ({}, {})
 
     def _note(self) -> None:
         if self.not_understood is None:
@@ -760,9 +762,11 @@ class Completion:
             self._sums[kind] = length + len(text), zlib.crc32(text.encode(), checksum)
         elif zlib.crc32(text[:length].encode()) == checksum:
             text = text[length:]
-        if text:
-            self.whole = self.whole and kind != "text"
-            self._pieces.append(text if kind == "text" else StreamEvent(type="reasoning", chunk=text))
+        if text and kind == "text":
+            self.whole = False
+            self._pieces.append(text)
+        elif text:
+            self._pieces.append(StreamEvent(type="reasoning", chunk=text))
 
 
 # The fields that OpenAI documents, and those that others put in their place.
