@@ -33,7 +33,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import quote, unquote, urlsplit
 
 import click
@@ -1230,9 +1230,11 @@ class Reply:
         """The pieces completed by ``data``, the next bytes of the reply, or by its ``end``."""
         if self.error:
             return []
+        pieces: list[Any] = []
         values = self.framing.feed(data, end)
         end = end or self.framing.ended
-        pieces = self.thinking.feed(self.completion.feed(values, end), end)
+        if values or end:
+            pieces = self.thinking.feed(self.completion.feed(values, end), end)
         self.error = self.completion.error or self.framing.error
         return self._read(pieces) if pieces and (self.parser or self.validator) else pieces
 
@@ -1830,7 +1832,6 @@ class Attempt:
 
 # Connections: kept from prompt to prompt, because a client takes 30 ms to make, and a connection a TLS handshake
 
-AnyClient = TypeVar("AnyClient", "httpx.Client", "httpx.AsyncClient")
 ClientKey = tuple[Any, ...]
 
 _locks: dict[int, threading.Lock] = {}  # by process: if a lock is held during a fork, the child never gets it
@@ -1844,7 +1845,7 @@ def client_key(proxy: str | None) -> ClientKey:
     return (os.getpid(), proxy, *map(os.environ.get, (*PROXY_VARIABLES, *CERTIFICATE_VARIABLES)))
 
 
-def new_client(kind: type[AnyClient], key: ClientKey) -> AnyClient:
+def new_client(kind: Callable[..., Any], key: ClientKey) -> Any:
     """An httpx client. Certificates are loaded once for all clients, and always verified.
 
     httpx reads the proxy settings from the environment itself, but only if it is not given a transport.
@@ -1920,7 +1921,7 @@ class Pool:
 
         self.loop = loop
         self.key = key
-        self.client = new_client(httpx.AsyncClient, key)
+        self.client: httpx.AsyncClient = new_client(httpx.AsyncClient, key)
         self.in_flight = 0
         self.idle_since = 0.0
         self.life = self._live()
