@@ -858,76 +858,67 @@ class ToolCallParser:
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
         self._blank = True  # nothing but white space has been passed on
-        self._undecided = ""  # a few characters that may begin a call
-        self._held = io.StringIO()  # everything from the first call on
+        self._held = io.StringIO()  # a few characters that may begin a call, or everything from the first call on
+        self._called = False  # it is the latter
         self._parsed = 0  # how much of it there was when it was last parsed
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
         text = "".join(pieces)
-        if not self._held.tell():
-            return self._read(self._undecided + text, end)
         size = self._held.tell() + self._held.write(text)
-        if size > MAX_EVENT_BYTES:
-            self.error = self.error or too_large("a tool call")
-        # What is held may turn out to be no call. To find out, parse everything once a bracket closes, and again when
-        # there is twice as much: that keeps the cost linear.
-        early = size < 2 * self._parsed if self._parsed else not re.search(r"[}\]]", text)
+        early = False
+        if self._called:
+            # What is held may turn out to be no call. To find out, parse everything once a bracket closes, and again
+            # when there is twice as much: that keeps the cost linear.
+            early = size < 2 * self._parsed if self._parsed else not re.search(r"[}\]]", text)
+            if size > MAX_EVENT_BYTES:
+                self.error = self.error or too_large("a tool call")
         return [] if self.error or (early and not end) else self._read(self._held.getvalue(), end)
 
     def _read(self, text: str, end: bool) -> list[Any]:
-        pieces: list[Any] = []
-        first: int | None = None  # where the first call begins
-        start = position = 0  # of the text after the last call, and of what has not been looked at
+        pieces: list[Any] = []  # up to the last call
         error = None
-        while place := find_call(text, position, self.names, self._blank, end):
-            called = first is not None
-            if place.json is None or (called and RESULT_TAG in text[position : place.start]):
+        start = position = 0  # of the text after the last call, and of what has not been looked at
+        # Where the answer begins, and where a call is alone: nothing but white space stands between it and the last.
+        beginning = alone = skip(r"\s*", text) if self._blank else -1
+        while True:
+            place, wrapping = find_call(text, position, self.names, beginning, end)
+            if not wrapping or (pieces and RESULT_TAG in text[position:place]):
                 break
-            alone = not text[start : place.start].strip() and (called or self._blank)
             try:
-                calls, position = read_place(text, place, self.names, alone)
+                calls, position = calls_or_text(text, wrapping, self.names, place == alone)
             except AutonomousError as problem:
-                error, first = problem, place.start if first is None else first
+                error, pieces = problem, pieces or [text[:place]]
                 break
             if calls:
-                pieces += [text[start : place.start], *calls]
-                first, start = place.start if first is None else first, position
-        self.finished = first is not None and not error and RESULT_TAG in text[position:]
+                pieces += [text[start:place], *calls]
+                start, alone = position, skip(r"\s*", text, position)
+        self.error = error if end else None
+        self.finished = bool(pieces) and not error and RESULT_TAG in text[position:]
         if end and not error:
             pieces += [] if self.finished else [text[start:]]
             return [piece for piece in pieces if not isinstance(piece, str) or piece.strip() or len(pieces) == 1]
-        self.error = self.error or (error if end else None)
-        cut = first if first is not None else place.start if place else len(text)
-        held, self._undecided = (text[cut:], "") if first is not None else ("", text[cut:])
-        if cut or not self._held.tell():
+        before = pieces[0] if pieces else text[:place]
+        held = text[len(before) :]
+        if before:
             self._held = io.StringIO()
             self._held.write(held)
+        self._called = bool(pieces)
         self._parsed = len(held) if re.search(r"[}\]]", held) else 0
-        self._blank = self._blank and not text[:cut].strip()
-        return [text[:cut]] if cut else []
-
-
-class Place(NamedTuple):
-    """A place in an answer where a call begins."""
-
-    start: int
-    json: int | None  # where its JSON begins; None if it is too early to say whether there is any
-    tag: str = ""  # that it is wrapped in
-    fence: bool = False  # it is in a code fence
+        self._blank = self._blank and not before.strip()
+        return [before] if before else []
 
 
 # Strings, because `re` compiles them when they are first used, and `llm --help` never does.
 RESULT_TAG = "<tool_response>"
 OPENING = r"""<(?=[|\w-]|\Z)|`(?=``[^`]|`{0,2}\Z)|\{(?=\s{0,99}(?:["']|\Z))|\[(?=\s{0,99}(?:\[\s{0,99})?(?:[{\w]|\Z))"""
 WRAPPING = r"(?:(?:<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))\s{0,255}){0,3}"
-HALF_WRAPPING = r"(<\|?[\w-]{0,64}\|?|`{1,2})?\Z"
+HALF_WRAPPING = r"<\|?[\w-]{0,64}\|?|`{1,2}"
 FUNCTION = r"<function[=(/]([\w.-]+)[\s>()=:,\"]*(?={)"
 EXTRA_BRACKETS = r"(?:[\s;,]*[}\]])*"
 CLOSING_FENCE = r"(?:\s*```)?"
 CLOSING_TAGS = r"(?:[\s;,]*(?:</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
 NO_WORDS = r"[\s;,]*([{\[]|(<|`{1,2})?\Z)"
-SEPARATOR = r"[\s;,]*"
 JSON_START = r"""\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
 # A bracket, or a string in JSON's or Python's quotes, even unfinished. An apostrophe within a word is not a quote.
 TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
@@ -937,47 +928,39 @@ CALL_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"funct
 RESULT_STARTS = (RESULT_TAG, '{"tool_response"', '{"name":"tool_response"')
 
 
-def find_call(text: str, position: int, names: frozenset[str], blank: bool, end: bool) -> Place | None:
-    """The first place from ``position`` on where a call begins, or may begin unless this is the ``end`` of the answer.
+def find_call(
+    text: str, position: int, names: frozenset[str], beginning: int, end: bool
+) -> tuple[int, re.Match[str] | None]:
+    """Where from ``position`` on a call of one of ``names`` begins, and the match of what it is wrapped in.
 
-    ``blank`` says that nothing but white space stands before ``text``, so that it may begin with a made-up result.
+    If it is too early to say whether it is a call, there is no match; if there is none, the position is the end of the
+    text. At the ``beginning`` of the answer, a made-up result or a list of calls in Python's syntax counts as well.
     """
-    blanks = skip(r"\s*", text) if blank else -1
     for opening in re.compile(OPENING).finditer(text, position):
-        place = begins_call(text, opening.start(), names, opening.start() <= blanks)
-        if place and not (end and place.json is None):
-            return place
-    return None
-
-
-def begins_call(text: str, start: int, names: frozenset[str], first: bool) -> Place | None:
-    """The place at ``start`` if a call of one of ``names`` begins there or, as the ``first`` thing, a result."""
-    wrapping = re.compile(WRAPPING).match(text, start)
-    assert wrapping
-    tag, begin = wrapping["tag"] or "", wrapping.end()
-    place = Place(start, begin, tag, bool(wrapping["fence"]))
-    if re.compile(HALF_WRAPPING).match(text, begin):
-        return place._replace(json=None)
-    if tag in OWN_TAGS and text[begin] in "{[":
-        return place
-    starts = call_starts(names)
-    if first:
-        starts += RESULT_STARTS
-    if tag in ("python_tag", *OWN_TAGS) or (first and text[start] == "["):
-        starts += tuple(f"{squeezed(name)}{call}" for name in names for call in ("(", ".call("))
-    beginning = squeezed(text[begin : begin + MAX_HELD])
-    if beginning.startswith(starts):
-        return place
-    early = len(text) - begin < MAX_HELD and any(start.startswith(beginning) for start in starts)
-    return place._replace(json=None) if early else None
+        place = opening.start()
+        wrapping = re.compile(WRAPPING).match(text, place)
+        assert wrapping
+        tag, value = wrapping["tag"], text[wrapping.end() : wrapping.end() + MAX_HELD]
+        in_python = tag in ("python_tag", *OWN_TAGS) or (place == beginning and text[place] == "[")
+        starts = call_starts(names, place == beginning, in_python)
+        start = squeezed(value)
+        if start.startswith(starts) or (tag in OWN_TAGS and value.startswith(("{", "["))):
+            return place, wrapping
+        if end or len(value) == MAX_HELD:
+            continue
+        if re.fullmatch(HALF_WRAPPING, value) or any(known.startswith(start) for known in starts):
+            return place, None
+    return len(text), None
 
 
 @functools.lru_cache
-def call_starts(names: frozenset[str]) -> tuple[str, ...]:
-    """How calls of tools with these names can begin, in the form that `squeezed` gives."""
-    offered = [squeezed(name) for name in names]
-    functions = (f"<function{sign}{name}" for name in offered for sign in "=(/")
-    return (*CALL_STARTS, *(f'{{"name":"{name}"' for name in offered), *functions)
+def call_starts(names: frozenset[str], results: bool, in_python: bool) -> tuple[str, ...]:
+    """How calls of tools with these names can begin, and made-up ``results``, in the form that `squeezed` gives."""
+    starts = [*CALL_STARTS, *(RESULT_STARTS if results else ())]
+    for name in map(squeezed, names):
+        starts += [f'{{"name":"{name}"', *(f"<function{sign}{name}" for sign in "=(/")]
+        starts += [f"{name}(", f"{name}.call("] if in_python else []
+    return tuple(starts)
 
 
 def squeezed(text: str) -> str:
@@ -985,36 +968,32 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\s\[]", "", text).replace("'", '"')
 
 
-def read_place(text: str, place: Place, names: Collection[str], alone: bool) -> tuple[list[llm.ToolCall], int]:
-    """The calls at a place and the position after them, or no calls and the position up to which it is text.
+def calls_or_text(
+    text: str, wrapping: re.Match[str], names: Collection[str], alone: bool
+) -> tuple[list[llm.ToolCall], int]:
+    """The calls in a wrapping and the position after them, or no calls and the position up to which it is text.
 
-    ``alone`` says that nothing but calls stands before the place. Raises if the model has to be asked what it means.
+    ``alone`` says that nothing but calls stands before it. Raises if the model has to be asked what it means.
     """
-    begin = end = cast("int", place.json)
+    begin, tag = wrapping.end(), wrapping["tag"] or ""
     if squeezed(text[begin : begin + MAX_HELD]).startswith(RESULT_STARTS):
         raise made_up_result(text[begin:])
-    function = re.compile(FUNCTION).match(text, begin)
-    marked = alone or place.tag or text[begin] == "<"
+    marked = alone or tag or text[begin] == "<"
     try:
-        if function:
-            arguments, end = read_value(text, function.end())
-            calls = [read_call({"name": function[1], "arguments": arguments})]
-            end = skip(r"\s*\)?", text, end)
-        else:
-            calls, end = read_calls(text, begin, names, place.tag)
+        calls, end = read_calls(text, begin, names, tag)
     except (ValueError, RecursionError) as error:
-        closed = closing_bracket(text, begin) if end == begin else end
-        if marked or closed is None or re.compile(NO_WORDS).match(text, closed):
+        end = closing_bracket(text, begin)
+        if marked or re.compile(NO_WORDS).match(text, end):
             raise broken_call(str(error), text[begin:]) from None
-        return [], closed
-    if not calls:
         return [], end
-    end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS) * place.fence, text, end)
-    if marked:
+    fence = wrapping["fence"]
+    if calls:
+        end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS if fence else ""), text, end)
+    if marked or not calls:
         return calls, end
-    if not place.fence and not re.compile(NO_WORDS).match(text, end):  # it is part of a sentence
-        return [], end
-    raise call_after_words(text[begin:])
+    if fence or re.compile(NO_WORDS).match(text, end):
+        raise call_after_words(text[begin:])
+    return [], end  # it is part of a sentence
 
 
 def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple[list[llm.ToolCall], int]:
@@ -1023,91 +1002,91 @@ def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple
     If the first value there is text, there are no calls, and the position is the one after it. Raises `ValueError` if
     a call cannot be read.
     """
+    may_omit = re.search("tool|function|call|python_tag", tag)  # arguments
     found: list[Any] = []
     end = start
     while not found or text.startswith(("{", "["), start):
         value, after = read_value(text, start)
         values = value if isinstance(value, list) else [value]
-        if not are_calls(values, names, tag, bool(found)):
+        fields = [call_fields(value) for value in values]
+        offered = any(name in names and (may_omit or arguments is not None) for name, arguments, _ in fields)
+        meant = tag in OWN_TAGS or ((found or offered) and all(name for name, _, _ in fields))
+        if not meant or any(is_tool for _, _, is_tool in fields):
             end = end if found else after
             break
         found += values
         end = after
-        start = skip(SEPARATOR, text, end)
+        start = skip(r"[\s;,]*", text, end)
     return [read_call(value) for value in found], end
 
 
-def are_calls(values: list[Any], names: Collection[str], tag: str, called: bool) -> bool:
-    """Whether values that stand together are calls, or meant to be. ``called`` says that they follow a call."""
-    repeated = any(repeats_tool(value) for value in values)
-    if repeated or tag in OWN_TAGS:
-        return not repeated
-    fields = [call_fields(value) for value in values]
-    may_omit = re.search("tool|function|call|python_tag", tag)  # arguments
-    offered = any(name in names and (may_omit or arguments is not None) for name, arguments in fields)
-    return (called or offered) and all(name for name, _ in fields)
-
-
 def read_value(text: str, start: int) -> tuple[Any, int]:
-    """The object or list at ``start``, in JSON or in Python's syntax, and the position after it."""
+    """The object or list at ``start``, in JSON or in Python's syntax, and the position after it.
+
+    Llama's ``<function=name>{…}`` is read as a call with these arguments. Raises `ValueError`.
+    """
+    if function := re.compile(FUNCTION).match(text, start):
+        arguments, end = read_value(text, function.end())
+        return {"name": function[1], "arguments": arguments}, skip(r"\s*\)?", text, end)
     try:
         return _decode_json(text, start)
     except (ValueError, RecursionError) as error:
         problem = f"it is no valid JSON: {getattr(error, 'msg', error)}"
     end = closing_bracket(text, start)
-    if end is None or end - start > MAX_LITERAL:
+    if end - start > MAX_LITERAL:
         raise ValueError(problem)
-    literal = re.sub(TOKEN, lambda token: token[0].replace("\n", "\\n"), text[start:end])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about invalid escapes
         try:
-            return json.loads(json.dumps(ast.literal_eval(literal))), end
+            return json.loads(json.dumps(ast.literal_eval(with_escapes(text[start:end])))), end
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise ValueError(problem) from None
 
 
-def closing_bracket(text: str, start: int) -> int | None:
-    """The position after the object or list at ``start``, going by brackets alone; None if it has no end."""
+def closing_bracket(text: str, start: int) -> int:
+    """The position after the object or list at ``start``, going by brackets alone; the end of a text without one."""
     depth = 0
     for token in re.compile(TOKEN).finditer(text, start):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
         if depth == 0:
             return token.end()
-    return None
+    return len(text)
 
 
-def call_fields(value: Any) -> tuple[Any, Any]:
-    """The name and the arguments in a value, in any of the shapes that models use; None for what is not there."""
+def with_escapes(text: str) -> str:
+    """JSON or a literal of Python's in which no string contains a raw line break or another control character."""
+    return re.sub(TOKEN, lambda token: re.sub(r"[\0-\x1f]", lambda char: json.dumps(char[0])[1:-1], token[0]), text)
+
+
+def call_fields(value: Any) -> tuple[str | None, Any, bool]:
+    """The name and the arguments in a value, in any of the shapes that models use; None for what is not there.
+
+    The third says whether it is no call, but a tool as the model was given it: its arguments are a JSON schema.
+    """
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict):
-        return None, None
-    given = [value[key] for key in ("arguments", "parameters") if value.get(key) is not None]
+        return None, None, False
     name = value.get("name", value.get("function"))
-    return name if isinstance(name, str) else None, next((each for each in given if each), given[0] if given else None)
-
-
-def repeats_tool(value: Any) -> bool:
-    """Whether a value is a tool as the model was given it: its arguments are a JSON schema, and no call."""
-    _, arguments = call_fields(value)
-    schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
-    inner = value.get("function", value) if isinstance(value, dict) else None
-    return schema or (isinstance(inner, dict) and "description" in inner and not inner.get("arguments"))
+    given = [value[key] for key in ("arguments", "parameters") if value.get(key) is not None]
+    arguments = max(given, key=bool, default=None)  # the one that is not empty
+    is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
+    is_tool = is_schema or ("description" in value and not value.get("arguments"))
+    return name if isinstance(name, str) else None, arguments, is_tool
 
 
 def read_call(value: Any) -> llm.ToolCall:
     """The tool call in a JSON value. Raises `ValueError` if there is none."""
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
-    name, arguments = call_fields(value)
+    name, arguments, _ = call_fields(value)
     if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
     if arguments is None and not {"name", "arguments", "parameters", "function", "type", "id"}.issuperset(value):
         raise ValueError('it has no "arguments"')
-    if isinstance(arguments, str):
-        text = arguments.strip()
-        value, end = read_value(text, 0) if text.startswith("{") else (None, 0)
-        arguments = value if end == len(text) else text
+    if isinstance(arguments, str) and (text := arguments.strip() or "{}").startswith("{"):
+        value, end = read_value(text, 0)
+        arguments = value if end == len(text) else arguments
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are not a JSON object')
     if shallow(arguments, 100) != arguments:  # `llm`, which wraps them in more JSON, could fail to write them
