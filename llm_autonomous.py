@@ -238,6 +238,8 @@ def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
         return schema["const"]
     if "enum" in schema:
         return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
+    if isinstance(schema.get("properties"), dict):
+        return {name: example_of(inner, root, depth - 1) for name, inner in schema["properties"].items()}
     kind = schema.get("type")
     if isinstance(kind, list):
         kind = kind[0]
@@ -919,7 +921,7 @@ EXTRA_BRACKETS = r"(?:[\s;,]*[}\]])*"
 CLOSING_FENCE = r"(?:\s*```)?"
 CLOSING_TAGS = r"(?:[\s;,]*(?:</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
 NO_WORDS = r"[\s;,]*([{\[]|(<|`{1,2})?\Z)"
-JSON_START = r"""\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
+JSON_START = r"""(?s)<(?P<tag>think|scratch_pad)>.*?(</(?P=tag)>|\Z)|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
 # A bracket, or a string in JSON's or Python's quotes, even unfinished. An apostrophe within a word is not a quote.
 TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
 
@@ -1116,63 +1118,53 @@ def matching_json(text: str, validator: Any) -> str:
     """The last JSON value in an answer that matches the schema. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
-    problem = ""
-    for value, json_text in reversed([*find_json(text)]):
-        for candidate, written in possible_answers(value, json_text, validator.schema):
-            try:
-                error = best_match(validator.iter_errors(candidate))
-            except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
-                raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
-            if error is None:
-                return written
-        if problem:
+    problem = "it holds no JSON"
+    for value, written in [*find_json(text)][::-1]:
+        try:
+            match validator.schema:  # if it is of an object with a field for a list, models may leave out the object
+                case {"required": [field]} if isinstance(value, list) and not validator.is_valid(value):
+                    value, written = {field: value}, f"{{{json.dumps(field)}: {written}}}"
+            error = best_match(validator.iter_errors(value))
+        except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
+            raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
+        if error is None:
+            return written
+        if problem.startswith("at $"):  # in a later value, which is more likely the one that was meant
             continue
-        # jsonschema's own message shows values as Python writes them, which a model would copy.
-        wanted = as_json({error.validator: error.validator_value} if error.validator else False)
-        problem = quoted(f"at {error.json_path}, the schema has {wanted}")
         if isinstance(value, dict) and {"type", "properties"} <= value.keys():
             problem = "it repeats the schema, without values"
-    problem = problem or "it holds no JSON"
+        else:
+            # jsonschema's own message shows values as Python writes them, which a model would copy.
+            wanted = as_json({error.validator: error.validator_value} if error.validator else False)
+            problem = quoted(f"at {error.json_path}, the schema has {wanted}")
     raise AutonomousError(
         f"the answer does not match the schema: {problem}; it begins: {quoted(text)}",
         correction=f"Your answer does not match the JSON schema: {problem}. {schema_instructions(validator.schema)}",
     )
 
 
-def possible_answers(value: Any, text: str, schema: dict[str, Any]) -> list[tuple[Any, str]]:
-    """A value and its text; also in an object, if it is a list and the schema is of an object with one field for it."""
-    required = schema.get("required")
-    if isinstance(value, list) and isinstance(required, list) and len(required) == 1:
-        return [(value, text), ({required[0]: value}, f"{{{json.dumps(required[0])}: {text}}}")]
-    return [(value, text)]
-
-
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
     """The JSON in an answer, each value with its text: the whole answer, or else the objects and lists in it."""
     text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
     with contextlib.suppress(ValueError, RecursionError):
-        yield json.loads(text, strict=False), strict_json(text)
+        yield strict_json(json.loads(text, strict=False), text)
         return
-    text = re.sub(r"(?s)<(think|scratch_pad)>.*?(</\1>|\Z)", "", text)  # reasoning is no answer
-    end: int | None = 0
-    while end is not None and (found := re.compile(JSON_START).search(text, end)):
-        start = found.start()
+    end = 0
+    while found := re.compile(JSON_START).search(text, end):
+        start, end = found.span()
+        if found["tag"]:  # this is reasoning, and no answer
+            continue
         try:
             value, end = _decode_json(text, start)
-            yield value, strict_json(text[start:end])
+            yield strict_json(value, text[start:end])
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
 
 
-def strict_json(text: str) -> str:
-    """``text`` as strict JSON, which ``jq`` can read: without raw line breaks in strings. Raises if there is a NaN."""
-    value = json.loads(text, strict=False)
-    rewritten = json.dumps(value, allow_nan=False)
-    try:
-        json.loads(text)
-    except ValueError:
-        return rewritten
-    return text
+def strict_json(value: Any, text: str) -> tuple[Any, str]:
+    """A value and its ``text`` as strict JSON, which ``jq`` can read. Raises if there is a NaN."""
+    json.dumps(value, allow_nan=False)
+    return value, with_escapes(text)
 
 
 # The whole way from bytes to the pieces of an answer
