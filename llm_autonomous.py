@@ -868,13 +868,11 @@ class ToolCallParser:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
         text = "".join(pieces)
         size = self._held.tell() + self._held.write(text)
-        early = False
-        if self._called:
-            # What is held may turn out to be no call. To find out, parse everything once a bracket closes, and again
-            # when there is twice as much: that keeps the cost linear.
-            early = size < 2 * self._parsed if self._parsed else not re.search(r"[}\]]", text)
-            if size > MAX_EVENT_BYTES:
-                self.error = self.error or too_large("a tool call")
+        if self._called and size > MAX_EVENT_BYTES:
+            self.error = self.error or too_large("a tool call")
+        # What is held may turn out to be no call. To find out, parse everything once a bracket closes, and again when
+        # there is twice as much: that keeps the cost linear.
+        early = self._called and (size < 2 * self._parsed if self._parsed else not re.search(r"[}\]]", text))
         return [] if self.error or (early and not end) else self._read(self._held.getvalue(), end)
 
     def _read(self, text: str, end: bool) -> list[Any]:
@@ -884,11 +882,11 @@ class ToolCallParser:
         # Where the answer begins, and where a call is alone: nothing but white space stands between it and the last.
         beginning = alone = skip(r"\s*", text) if self._blank else -1
         while True:
-            place, wrapping = find_call(text, position, self.names, beginning, end)
+            place, wrapping = self._find_call(text, position, beginning, end)
             if not wrapping or (pieces and RESULT_TAG in text[position:place]):
                 break
             try:
-                calls, position = calls_or_text(text, wrapping, self.names, place == alone)
+                calls, position = calls_or_text(wrapping, self.names, place == alone)
             except AutonomousError as problem:
                 error, pieces = problem, pieces or [text[:place]]
                 break
@@ -902,13 +900,34 @@ class ToolCallParser:
             return [piece for piece in pieces if not isinstance(piece, str) or piece.strip() or len(pieces) == 1]
         before = pieces[0] if pieces else text[:place]
         held = text[len(before) :]
-        if before:
-            self._held = io.StringIO()
-            self._held.write(held)
+        self._held = io.StringIO()
+        self._held.write(held)
         self._called = bool(pieces)
         self._parsed = len(held) if re.search(r"[}\]]", held) else 0
         self._blank = self._blank and not before.strip()
         return [before] if before else []
+
+    def _find_call(self, text: str, position: int, beginning: int, end: bool) -> tuple[int, re.Match[str] | None]:
+        """Where from ``position`` on the next call begins, and the match of what it is wrapped in.
+
+        There is no match if it is too early to say whether it is a call, or if there is none: the position is then the
+        end of the text. At the ``beginning`` of the answer, a made-up result or a list in Python's syntax counts too.
+        """
+        for opening in re.compile(OPENING).finditer(text, position):
+            place = opening.start()
+            wrapping = re.compile(WRAPPING).match(text, place)
+            assert wrapping
+            tag, value = wrapping["tag"], text[wrapping.end() : wrapping.end() + MAX_HELD]
+            in_python = tag in ("python_tag", *OWN_TAGS) or (place == beginning and text[place] == "[")
+            starts = call_starts(self.names, place == beginning, in_python)
+            start = squeezed(value)
+            if start.startswith(starts) or (tag in OWN_TAGS and value.startswith(("{", "["))):
+                return place, wrapping
+            if end or len(value) == MAX_HELD:
+                continue
+            if re.fullmatch(HALF_WRAPPING, value) or any(known.startswith(start) for known in starts):
+                return place, None
+        return len(text), None
 
 
 # Strings, because `re` compiles them when they are first used, and `llm --help` never does.
@@ -930,31 +949,6 @@ CALL_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"funct
 RESULT_STARTS = (RESULT_TAG, '{"tool_response"', '{"name":"tool_response"')
 
 
-def find_call(
-    text: str, position: int, names: frozenset[str], beginning: int, end: bool
-) -> tuple[int, re.Match[str] | None]:
-    """Where from ``position`` on a call of one of ``names`` begins, and the match of what it is wrapped in.
-
-    If it is too early to say whether it is a call, there is no match; if there is none, the position is the end of the
-    text. At the ``beginning`` of the answer, a made-up result or a list of calls in Python's syntax counts as well.
-    """
-    for opening in re.compile(OPENING).finditer(text, position):
-        place = opening.start()
-        wrapping = re.compile(WRAPPING).match(text, place)
-        assert wrapping
-        tag, value = wrapping["tag"], text[wrapping.end() : wrapping.end() + MAX_HELD]
-        in_python = tag in ("python_tag", *OWN_TAGS) or (place == beginning and text[place] == "[")
-        starts = call_starts(names, place == beginning, in_python)
-        start = squeezed(value)
-        if start.startswith(starts) or (tag in OWN_TAGS and value.startswith(("{", "["))):
-            return place, wrapping
-        if end or len(value) == MAX_HELD:
-            continue
-        if re.fullmatch(HALF_WRAPPING, value) or any(known.startswith(start) for known in starts):
-            return place, None
-    return len(text), None
-
-
 @functools.lru_cache
 def call_starts(names: frozenset[str], results: bool, in_python: bool) -> tuple[str, ...]:
     """How calls of tools with these names can begin, and made-up ``results``, in the form that `squeezed` gives."""
@@ -970,14 +964,13 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\s\[]", "", text).replace("'", '"')
 
 
-def calls_or_text(
-    text: str, wrapping: re.Match[str], names: Collection[str], alone: bool
-) -> tuple[list[llm.ToolCall], int]:
+def calls_or_text(wrapping: re.Match[str], names: Collection[str], alone: bool) -> tuple[list[llm.ToolCall], int]:
     """The calls in a wrapping and the position after them, or no calls and the position up to which it is text.
 
     ``alone`` says that nothing but calls stands before it. Raises if the model has to be asked what it means.
     """
-    begin, tag = wrapping.end(), wrapping["tag"] or ""
+    text, begin = wrapping.string, wrapping.end()
+    tag, fence = wrapping["tag"] or "", wrapping["fence"]
     if squeezed(text[begin : begin + MAX_HELD]).startswith(RESULT_STARTS):
         raise made_up_result(text[begin:])
     marked = alone or tag or text[begin] == "<"
@@ -988,7 +981,6 @@ def calls_or_text(
         if marked or re.compile(NO_WORDS).match(text, end):
             raise broken_call(str(error), text[begin:]) from None
         return [], end
-    fence = wrapping["fence"]
     if calls:
         end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS if fence else ""), text, end)
     if marked or not calls:
@@ -1017,8 +1009,7 @@ def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple
             end = end if found else after
             break
         found += values
-        end = after
-        start = skip(r"[\s;,]*", text, end)
+        start, end = skip(r"[\s;,]*", text, after), after
     return [read_call(value) for value in found], end
 
 
@@ -1146,8 +1137,9 @@ def matching_json(text: str, validator: Any) -> str:
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
     """The JSON in an answer, each value with its text: the whole answer, or else the objects and lists in it."""
     text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
+    decoder = json.JSONDecoder(strict=False, parse_constant=int)  # int refuses NaN, which is no JSON
     with contextlib.suppress(ValueError, RecursionError):
-        yield strict_json(json.loads(text, strict=False), text)
+        yield decoder.decode(text), with_escapes(text)
         return
     end = 0
     while found := re.compile(JSON_START).search(text, end):
@@ -1155,16 +1147,10 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
         if found["tag"]:  # this is reasoning, and no answer
             continue
         try:
-            value, end = _decode_json(text, start)
-            yield strict_json(value, text[start:end])
+            value, end = decoder.raw_decode(text, start)
+            yield value, with_escapes(text[start:end])
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
-
-
-def strict_json(value: Any, text: str) -> tuple[Any, str]:
-    """A value and its ``text`` as strict JSON, which ``jq`` can read. Raises if there is a NaN."""
-    json.dumps(value, allow_nan=False)
-    return value, with_escapes(text)
 
 
 # The whole way from bytes to the pieces of an answer

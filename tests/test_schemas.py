@@ -101,6 +101,11 @@ ACCEPTED = {
     "reasoning before it": (DOG, f"Well. <think>Is it {REX}?</think> {CLEO}", strict(CLEO)),
     "reasoning after it": (DOG, f"So: {CLEO}\n<scratch_pad>Or {REX}?</scratch_pad>", strict(CLEO)),
     "reasoning after it without an end": (DOG, f"So: {CLEO}\n<think>Or {REX}", strict(CLEO)),
+    "the tag of reasoning in a string": (
+        DOG,
+        'So: {"name": "<think>Cleo</think>", "age": 4}',
+        {"name": "<think>Cleo</think>", "age": 4},
+    ),
     "list instead of the object around it": (DOGS, f"[{CLEO}, {REX}]", {"items": [strict(CLEO), strict(REX)]}),
     "such a list in a fence": (DOGS, f"```json\n[\n{CLEO}\n]\n```", {"items": [strict(CLEO)]}),
     "such a list among words": (DOGS, f"These: [{CLEO}] are they.", {"items": [strict(CLEO)]}),
@@ -156,6 +161,16 @@ REJECTED = {
         DOG,
         '```json\n{"type": "object", "properties": {"name": "Cleo", "age": 4}}\n```',
         "it repeats the schema, without values",
+    ),
+    "copied schema before a wrong value": (
+        DOG,
+        f'{json.dumps(DOG)}\n{{"name": "Cleo", "age": "four"}}',
+        'at $.age, the schema has {"type": "integer"}',
+    ),
+    "copied schema after a wrong value": (
+        DOG,
+        f'{{"name": "Cleo", "age": "four"}}\n{json.dumps(DOG)}',
+        'at $.age, the schema has {"type": "integer"}',
     ),
     "reasoning alone": (DOG, f"Well. <think>Is it {CLEO}?</think> I do not know.", "no JSON"),
     "reasoning in Hermes's tag": (DOG, f"Well. <scratch_pad>{CLEO}</scratch_pad>", "no JSON"),
