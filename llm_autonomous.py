@@ -903,7 +903,7 @@ class ToolCallParser:
         self._held = io.StringIO()
         self._held.write(held)
         self._called = bool(pieces)
-        self._parsed = len(held) if re.search(r"[}\]]", held) else 0
+        self._parsed = len(held) if pieces and re.search(r"[}\]]", held) else 0
         self._blank = self._blank and not before.strip()
         return [before] if before else []
 
