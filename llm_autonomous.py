@@ -238,8 +238,6 @@ def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
         return schema["const"]
     if "enum" in schema:
         return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
-    if isinstance(schema.get("properties"), dict):
-        return {name: example_of(inner, root, depth - 1) for name, inner in schema["properties"].items()}
     kind = schema.get("type")
     if isinstance(kind, list):
         kind = kind[0]
