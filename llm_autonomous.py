@@ -921,9 +921,8 @@ class ToolCallParser:
             start = squeezed(value)
             if start.startswith(starts) or (tag in OWN_TAGS and value.startswith(("{", "["))):
                 return place, wrapping
-            if end or len(value) == MAX_HELD:
-                continue
-            if re.fullmatch(HALF_WRAPPING, value) or any(known.startswith(start) for known in starts):
+            early = not end and len(value) < MAX_HELD
+            if early and (re.fullmatch(HALF_WRAPPING, value) or any(known.startswith(start) for known in starts)):
                 return place, None
         return len(text), None
 
@@ -979,9 +978,10 @@ def calls_or_text(wrapping: re.Match[str], names: Collection[str], alone: bool) 
         if marked or re.compile(NO_WORDS).match(text, end):
             raise broken_call(str(error), text[begin:]) from None
         return [], end
-    if calls:
-        end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS if fence else ""), text, end)
-    if marked or not calls:
+    if not calls:
+        return [], end
+    end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS if fence else ""), text, end)
+    if marked:
         return calls, end
     if fence or re.compile(NO_WORDS).match(text, end):
         raise call_after_words(text[begin:])
@@ -1000,7 +1000,7 @@ def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple
     while not found or text.startswith(("{", "["), start):
         value, after = read_value(text, start)
         values = value if isinstance(value, list) else [value]
-        fields = [call_fields(value) for value in values]
+        fields = [call_fields(each) for each in values]
         offered = any(name in names and (may_omit or arguments is not None) for name, arguments, _ in fields)
         meant = tag in OWN_TAGS or ((found or offered) and all(name for name, _, _ in fields))
         if not meant or any(is_tool for _, _, is_tool in fields):
