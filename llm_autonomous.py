@@ -5,8 +5,8 @@ back is its *reply*. The answer comes out of the reply in *pieces*: text and too
 a *correction* tells it what was wrong, and it answers again.
 
 The module follows a prompt on its way: the models, registering them, what is sent, how the reply is read, what can go
-wrong, retries, connections, the two classes that move the bytes, and at the end `llm autonomous check`. Only those two
-classes do I/O; all the rest is shared by sync and async.
+wrong, retries, connections, what moves the bytes, and at the end `llm autonomous check`. Everything up to the retries
+does no I/O and is shared by sync and async.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ USUAL_FINISH_REASON = (
 )
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
 THINKING_TAGS = ("<think>", "<scratch_pad>")
-# The content codings that IANA has registered. Servers also send words that are none, such as utf-8.
+# The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
 CODINGS = r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page whose title is wanted
 MAX_HELD = 256  # characters to hold while it is unclear whether they begin a tool call or reasoning
-MAX_CHOICES = 8  # chunks to hold while it is unclear whether their index counts them or names a choice
+MAX_CHOICES = 8  # chunks to hold while it is unclear whether their index numbers them or names a choice
 MAX_LITERAL = 64 * 1024  # characters of a tool call written in Python's syntax
 MAX_EXCERPT = 300  # characters of the server's own words in an error
 
@@ -214,7 +214,7 @@ def tool_instructions(tools: list[llm.Tool]) -> str:
 
 
 def schema_instructions(schema: dict[str, Any]) -> str:
-    """Which JSON to answer with."""
+    """What tells the model to answer in JSON: the schema and an example."""
     example: Any = "..."
     with contextlib.suppress(AttributeError, LookupError, TypeError):  # if a $ref leads to something that is no schema
         example = example_of(schema, schema)
@@ -280,7 +280,7 @@ def build_messages(
 
 
 def holds_new_results(messages: list[llm.Message]) -> bool:
-    """Whether tools have run since the model last answered. What they attached follows in a message of its own."""
+    """Whether tools have run since the model last answered. What they attached follows their results in a message."""
     for message in reversed(messages):
         if message.role == "assistant":
             return False
@@ -404,7 +404,7 @@ class Framing:
 
     Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
     as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
-    value spread over many lines. The data of an event named ``error`` comes out as ``{"error": data}``.
+    value spread over many lines. The data of an event or a field named ``error`` comes out as ``{"error": data}``.
 
     `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
     still returned. The result does not depend on how the bytes were cut, the cost is O(n), and at most
@@ -492,7 +492,7 @@ class Framing:
                 self._hold(rest)
         elif re.fullmatch(r"(?as)\s*|[\w-]+(:.*)?", line):
             # Unknown fields are to be ignored, says WHATWG. A line that cannot be a field may be text that was garbled.
-            self.stray = self.stray or line
+            self.stray = self.stray or line.strip()
         else:
             raise not_understood(line)
 
@@ -568,10 +568,10 @@ class Completion:
         self._pieces: list[str | StreamEvent] = []  # what `feed` will return
         self._value: Any = None  # the value that is being read
         self._previous: dict[str, Any] = {}  # the choice before it, if that held nothing but text
-        self._previous_delta: dict[str, Any] = {}
+        self._previous_delta: dict[str, Any] = {}  # its delta, the same object
         self._index: Any = None  # of the choice that is the answer
-        self._index_counts: bool | None = None  # chunks, and names no choice; None while that is not clear
-        self._waiting: list[dict[str, Any]] = []  # choices that are part of the answer if the index counts
+        self._numbers_chunks: bool | None = None  # the index does, and names no choice; None while that is not clear
+        self._waiting: list[dict[str, Any]] = []  # choices that are part of the answer if the index numbers chunks
         self._sums = {"text": (0, 0), "reasoning": (0, 0)}  # length and checksum of what came in deltas
         self._half = ""  # half a character
 
@@ -581,7 +581,7 @@ class Completion:
             for value in values:
                 self._read(value)
             if end:
-                self._index_counts, waiting, self._waiting = True, self._waiting, []
+                self._numbers_chunks, waiting, self._waiting = True, self._waiting, []
                 for choice in waiting:
                     self._read_chunk({"choices": [choice]})
                 self._add("text", "", end=True)
@@ -592,12 +592,12 @@ class Completion:
 
     def _read(self, value: Any) -> None:
         try:
-            # Most choices differ from the one before in their text alone, so the rest of them needs no second look.
+            # Most choices differ from the one before in their text alone. So put the new text into the choice that is
+            # remembered from it, whose delta is _previous_delta. If the two are equal now, nothing else has changed.
             [choice] = value["choices"]
             delta = choice["delta"]
             self._previous_delta["content"] = text = delta["content"]
-            usual = choice == self._previous and type(text) is str and CHUNK_FIELDS.issuperset(value)
-            if usual and not (value.get("usage") or value.get("finish_reason")):
+            if choice == self._previous and type(text) is str and PLAIN_FIELDS.issuperset(value):
                 self._add("text", text)
                 return
         except (LookupError, TypeError, ValueError):
@@ -608,8 +608,9 @@ class Completion:
                 self._read_chunk(chunk)
             elif chunk:
                 self._note()
-        usual = len(self._pieces) > before and delta.keys() <= {"role", "content"} and not self.whole
-        self._previous, self._previous_delta = (choice, delta) if usual and self._index_counts is not None else ({}, {})
+        plain = len(self._pieces) > before and delta.keys() <= {"role", "content"} and not self.whole
+        remember = plain and self._numbers_chunks is not None
+        self._previous, self._previous_delta = (choice, delta) if remember else ({}, {})
 
     def _note(self) -> None:
         if self.not_understood is None:
@@ -618,7 +619,8 @@ class Completion:
     def _read_chunk(self, chunk: dict[str, Any]) -> None:
         """Read a chunk and the choice in it that is the answer.
 
-        Each of its objects may report an error. Deeper, an error counts only if the chunk holds nothing else.
+        The chunk, and each choice, delta and message in it, may report an error. An object within those counts as one
+        only if the chunk holds no part of the answer.
         """
         choices = chunk.get("choices")
         usable = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
@@ -628,8 +630,9 @@ class Completion:
             unusual += [] if CHOICE_FIELDS.issuperset(choice) else [choice]
             messages = (choice.get("delta"), choice.get("message"))
             unusual += [part for part in messages if isinstance(part, dict) and not MESSAGE_FIELDS.issuperset(part)]
-        alone = not choices and (self.recognized or "choices" in chunk)
-        if unusual and (error := reported_error(*unusual, alone=alone)):
+        # In place of a choice, a message is an error even without a code.
+        no_choice = not choices and (self.recognized or "choices" in chunk)
+        if unusual and (error := reported_error(*unusual, message_suffices=no_choice)):
             raise error
         self.recognized = self.recognized or usable
         found = [self._read_choice(choice) for choice in answer]
@@ -641,11 +644,12 @@ class Completion:
         self._read_outcome(chunk)
         if choices and not usable:
             self._note()
-        elif unusual and not choices and holds_more(chunk, CHUNK_FIELDS):
+        elif not choices and holds_more(chunk, CHUNK_FIELDS):
             # Whatever else a chunk holds is about the request. An object that is no chunk may hold the answer.
             if "choices" not in chunk or mentions_error(chunk):
                 self._note()
-            self.ignored = self.ignored or (None if chunk.get("usage") else chunk)
+            if not (self.ignored or chunk.get("usage")):
+                self.ignored = chunk
 
     def _read_outcome(self, holder: dict[str, Any]) -> None:
         """Read the usage and the finish reason in a chunk or a choice."""
@@ -660,22 +664,22 @@ class Completion:
     def _of_answer(self, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The choices that are part of the answer and can be read now.
 
-        Only one is asked for, but some servers take turns in sending several, and others count chunks in ``index``. An
-        index that only ever rises by one counts, so every chunk is part of the answer. One that comes back names a
-        choice, and the first choice is the answer. Until it is clear which of the two it is, later choices wait.
+        Only one is asked for, but some servers take turns in sending several, and others number chunks in ``index``. If
+        the index stays or rises by one each time, it numbers chunks, and all of them are part of the answer. If it
+        jumps or comes back, it names a choice, and the first choice is the answer. Until that is clear, choices wait.
         """
         own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)][:1]
-        if self._index is None or self._index_counts:
+        if self._index is None or self._numbers_chunks:
             return own or choices[:1]
-        if self._index_counts is None and len(choices) == 1:
+        if self._numbers_chunks is None and len(choices) == 1:
             index, last = choices[0].get("index"), self._waiting[-1]["index"] if self._waiting else self._index
             if not own and isinstance(index, int) and index - last in (0, 1):
                 self._waiting += choices
                 if len(self._waiting) < MAX_CHOICES:
                     return []
-                self._index_counts, own = True, self._waiting
+                self._numbers_chunks, own = True, self._waiting
             else:
-                self._index_counts = False
+                self._numbers_chunks = False
             self._waiting = []
         return own
 
@@ -710,8 +714,8 @@ class Completion:
                 self._add(kind, value, repeats)
             elif value:
                 parts = [*self._parts(kind, value)]
-                for own in ("reasoning", "text"):
-                    self._add(own, "".join(text for part_kind, text in parts if part_kind == own), repeats)
+                for wanted in ("reasoning", "text"):
+                    self._add(wanted, "".join(text for part_kind, text in parts if part_kind == wanted), repeats)
         calls = message.get("tool_calls") or message.get("function_call")
         if calls and not (repeats and self.calls):
             self._read_calls(calls if isinstance(calls, list) else [{"function": calls}])
@@ -750,6 +754,7 @@ class Completion:
                 known["arguments"] = arguments or known["arguments"]
 
     def _add(self, kind: str, text: str, repeats: bool = False, end: bool = False) -> None:
+        """Add to the pieces. Of a text that ``repeats`` what came in deltas, add what is new: if it differs, all."""
         if self._half or not text.isascii():
             # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk,
             # and the other begins the next. Neither can be printed or stored, so the first waits for the second.
@@ -770,8 +775,8 @@ class Completion:
 
 
 # The fields that OpenAI documents, and those that others put in their place.
-CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"})
-CHUNK_FIELDS |= {"type", "finish_reason"}
+PLAIN_FIELDS = frozenset({"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"})
+CHUNK_FIELDS = PLAIN_FIELDS | {"usage", "finish_reason"}
 CHOICE_FIELDS = frozenset({"index", "delta", "message", "text", "content", "finish_reason", "logprobs", "usage"})
 MESSAGE_FIELDS = frozenset({"role", "name", "content", "text", "refusal", "tool_calls", "function_call"})
 MESSAGE_FIELDS |= {"reasoning", "reasoning_content"}
@@ -779,7 +784,7 @@ MESSAGE_FIELDS |= {"reasoning_details", "annotations"}  # which describe what ot
 
 
 def holds_more(value: Any, known: frozenset[str]) -> bool:
-    """Whether an object has text, a list or an object in a field that is not ``known``, or is something else."""
+    """Whether an object has text, a list or an object in a field that is not ``known``; of another value, if any."""
     if not isinstance(value, dict):
         return bool(value)
     return any(nested and isinstance(nested, (str, list, dict)) for key, nested in value.items() if key not in known)
@@ -788,7 +793,7 @@ def holds_more(value: Any, known: frozenset[str]) -> bool:
 class Thinking:
     """Splits off the reasoning with which a model may begin its text, in ``<think>`` or Hermes's ``<scratch_pad>``.
 
-    Anywhere else these tags are text. The white space after them is dropped.
+    Anywhere else these tags are text. White space after the reasoning is dropped.
     """
 
     def __init__(self) -> None:
@@ -810,7 +815,7 @@ class Thinking:
         return split
 
     def _split(self, text: str, end: bool = False) -> list[str | StreamEvent]:
-        """The reasoning and the texts in ``text``, which is the next of the answer."""
+        """The reasoning and the texts in ``text``, the next part of the answer."""
         held, self._held = [*self._held, text], []
         reasoning, text = "", "".join(held)
         if self._closing is None:
@@ -859,8 +864,8 @@ class ToolCallParser:
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
         self._blank = True  # nothing but white space has been passed on
         self._held = io.StringIO()  # a few characters that may begin a call, or everything from the first call on
-        self._called = False  # it is the latter
-        self._parsed = 0  # how much of it there was when it was last parsed
+        self._called = False  # a call has begun, and everything from it on is held
+        self._parsed = 0  # its length when it was last parsed; 0 until it has a closing bracket
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -870,14 +875,14 @@ class ToolCallParser:
             self.error = self.error or too_large("a tool call")
         # What is held may turn out to be no call. To find out, parse everything once a bracket closes, and again when
         # there is twice as much: that keeps the cost linear.
-        early = self._called and (size < 2 * self._parsed if self._parsed else not re.search(r"[}\]]", text))
-        return [] if self.error or (early and not end) else self._read(self._held.getvalue(), end)
+        wait = self._called and (size < 2 * self._parsed if self._parsed else not re.search(CLOSING_BRACKET, text))
+        return [] if self.error or (wait and not end) else self._read(self._held.getvalue(), end)
 
     def _read(self, text: str, end: bool) -> list[Any]:
         pieces: list[Any] = []  # up to the last call
         error = None
-        start = position = 0  # of the text after the last call, and of what has not been looked at
-        # Where the answer begins, and where a call is alone: nothing but white space stands between it and the last.
+        start = position = 0  # text[:start] is in pieces, and text[:position] has been looked at
+        # Where the answer begins, and where the next call would directly follow the last; -1 after other text.
         beginning = alone = skip(r"\s*", text) if self._blank else -1
         while True:
             place, wrapping = self._find_call(text, position, beginning, end)
@@ -891,7 +896,7 @@ class ToolCallParser:
             if calls:
                 pieces += [text[start:place], *calls]
                 start, alone = position, skip(r"\s*", text, position)
-        self.error = error if end else None
+        self.error = error if end else None  # before the end, a call may merely be unfinished
         self.finished = bool(pieces) and not error and RESULT_TAG in text[position:]
         if end and not error:
             pieces += [] if self.finished else [text[start:]]
@@ -901,7 +906,7 @@ class ToolCallParser:
         self._held = io.StringIO()
         self._held.write(held)
         self._called = bool(pieces)
-        self._parsed = len(held) if pieces and re.search(r"[}\]]", held) else 0
+        self._parsed = len(held) if pieces and re.search(CLOSING_BRACKET, held) else 0
         self._blank = self._blank and not before.strip()
         return [before] if before else []
 
@@ -927,21 +932,28 @@ class ToolCallParser:
         return len(text), None
 
 
-# Strings, because `re` compiles them when they are first used, and `llm --help` never does.
+# Strings, because `re` compiles them when they are first used, and `llm --help` never uses them.
 RESULT_TAG = "<tool_response>"
+# Where a call may begin: at a tag, a fence, an object or a list, or at the end of a text that may go on as one.
 OPENING = r"""<(?=[|\w-]|\Z)|`(?=``[^`]|`{0,2}\Z)|\{(?=\s{0,99}(?:["']|\Z))|\[(?=\s{0,99}(?:\[\s{0,99})?(?:[{\w]|\Z))"""
+# Up to three tags and fences before a call. It can match nothing, so it always matches.
 WRAPPING = r"(?:(?:<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))\s{0,255}){0,3}"
+# A tag or a fence whose end has not arrived yet.
 HALF_WRAPPING = r"<\|?[\w-]{0,64}\|?|`{1,2}"
+# Llama's <function=name>, up to its arguments.
 FUNCTION = r"<function[=(/]([\w.-]+)[\s>()=:,\"]*(?={)"
+# What models leave after a call.
 EXTRA_BRACKETS = r"(?:[\s;,]*[}\]])*"
 CLOSING_FENCE = r"(?:\s*```)?"
 CLOSING_TAGS = r"(?:[\s;,]*(?:</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
+# After a call that no words follow: another call, the beginning of a tag or a fence, or nothing.
 NO_WORDS = r"[\s;,]*([{\[]|(<|`{1,2})?\Z)"
 JSON_START = r"""(?s)<(?P<tag>think|scratch_pad)>.*?(</(?P=tag)>|\Z)|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
+CLOSING_BRACKET = r"[}\]]"
 # A bracket, or a string in JSON's or Python's quotes, even unfinished. An apostrophe within a word is not a quote.
 TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
 
-OWN_TAGS = ("tool_call", "tools")  # the tags that the model is asked to use
+OWN_TAGS = ("tool_call", "tools")  # the tag that the model is asked to use, and the one around the tools
 CALL_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"function":', '{"id":')
 RESULT_STARTS = (RESULT_TAG, '{"tool_response"', '{"name":"tool_response"')
 
@@ -957,7 +969,7 @@ def call_starts(names: frozenset[str], results: bool, in_python: bool) -> tuple[
 
 
 def squeezed(text: str) -> str:
-    """The beginning of some JSON in a form that can be compared: no white space, no lists, one kind of quotes."""
+    """The beginning of some JSON in a form that can be compared: without white space and ``[``, in double quotes."""
     return re.sub(r"[\s\[]", "", text).replace("'", '"')
 
 
@@ -991,20 +1003,20 @@ def calls_or_text(wrapping: re.Match[str], names: Collection[str], alone: bool) 
 def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple[list[llm.ToolCall], int]:
     """The calls at ``start``, one after another or in lists, and the position after the last.
 
-    If the first value there is text, there are no calls, and the position is the one after it. Raises `ValueError` if
+    If the first value is no call, there are none, and the position is the one after that value. Raises `ValueError` if
     a call cannot be read.
     """
-    may_omit = re.search("tool|function|call|python_tag", tag)  # arguments
+    may_omit_arguments = re.search("tool|function|call|python_tag", tag)
     found: list[Any] = []
-    end = start
     while not found or text.startswith(("{", "["), start):
         value, after = read_value(text, start)
         values = value if isinstance(value, list) else [value]
         fields = [call_fields(each) for each in values]
-        offered = any(name in names and (may_omit or arguments is not None) for name, arguments, _ in fields)
+        offered = any(name in names and (may_omit_arguments or arguments is not None) for name, arguments, _ in fields)
         meant = tag in OWN_TAGS or ((found or offered) and all(name for name, _, _ in fields))
         if not meant or any(is_tool for _, _, is_tool in fields):
-            end = end if found else after
+            if not found:
+                end = after
             break
         found += values
         start, end = skip(r"[\s;,]*", text, after), after
@@ -1045,14 +1057,14 @@ def closing_bracket(text: str, start: int) -> int:
 
 
 def with_escapes(text: str) -> str:
-    """JSON or a literal of Python's in which no string contains a raw line break or another control character."""
+    """``text``, which is JSON or a Python literal, with the control characters in its strings escaped."""
     return re.sub(TOKEN, lambda token: re.sub(r"[\0-\x1f]", lambda char: json.dumps(char[0])[1:-1], token[0]), text)
 
 
 def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     """The name and the arguments in a value, in any of the shapes that models use; None for what is not there.
 
-    The third says whether it is no call, but a tool as the model was given it: its arguments are a JSON schema.
+    The third is true if it is no call, but repeats a tool as the model was given it, with a schema for its arguments.
     """
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
@@ -1195,8 +1207,8 @@ class Reply:
 
     def close(self, failure: Exception | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Any]:
         """The pieces completed by the end of the reply, whether it came as it should or by a ``failure``."""
-        known, pieces = self.error, self.feed(b"", end=True)
-        calls = self._native_calls()
+        known = self.error  # more telling than the failure, unlike what is only found at the end
+        pieces, calls = self.feed(b"", end=True), self._native_calls()
         self.error = known or self._problem(failure, timeout, bool(calls))
         if not self.error and (self.parser or self.validator):
             pieces += self._read(calls, end=True)
@@ -1222,9 +1234,8 @@ class Reply:
         """The error for a reply without an answer, which quotes what it held instead."""
         framing, completion = self.framing, self.completion
         value = completion.ignored if completion.not_understood is None else completion.not_understood
-        if not (completion.recognized or framing.ended or mentions_error(value)) and (
-            framing.stray or value is not None
-        ):
+        is_completion = completion.recognized or framing.ended
+        if (framing.stray or value is not None) and not (is_completion or mentions_error(value)):
             return not_understood(framing.stray or as_json(value))
         message = "the answer was empty"
         if self.thinking.reasoned:
@@ -1251,7 +1262,7 @@ class Reply:
         return written
 
     def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
-        """Find the tool calls. Hold the answer to a schema until it is complete, since half of it is of no use."""
+        """Find the tool calls. If there is a schema, keep the answer until it is complete and can be checked."""
         reasoning = [piece for piece in pieces if not isinstance(piece, str)]
         pieces = [piece for piece in pieces if isinstance(piece, str)]
         self.written.writelines(pieces)
@@ -1401,23 +1412,23 @@ def objects_in(*holders: dict[str, Any]) -> list[dict[str, Any]]:
     return [nested for holder in holders for nested in holder.values() if isinstance(nested, dict)]
 
 
-def reported_error(*places: dict[str, Any], alone: bool = False) -> AutonomousError | None:
+def reported_error(*places: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
     """The error that one of some objects reports.
 
-    It reports one in ``error`` or ``errors``, or in a message beside a code that does not stand for success. If the
-    first is ``alone``, a message in place of a choice, it needs no code.
+    It reports one in ``error`` or ``errors``, or in a message beside a code that does not stand for success, or without
+    a code if ``message_suffices``.
     """
     for place in places:
         message = any(isinstance(place.get(key), (str, list)) and place[key] for key in MESSAGE_KEYS)
         code = next((place[key] for key in ("code", "status_code") if key in place), None)
-        failed = is_error_value(code) or (code is None and alone and place is places[0])
+        failed = is_error_value(code) or (code is None and message_suffices)
         if is_error_value(place.get("error")) or is_error_value(place.get("errors")) or (message and failed):
             return AutonomousError(f"the service reports an error: {quoted(error_words(place))}")
     return None
 
 
 def is_error_value(value: Any) -> bool:
-    """Whether a code or an error is anything but empty or a word for success, itself or in all of its fields."""
+    """Whether a code or an error, or one of its fields, is neither empty nor a word for success."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return any(isinstance(v, (dict, list)) or not re.fullmatch(NO_ERROR, str(v)) for v in inner)
 
@@ -1531,13 +1542,13 @@ def root_reason(error: BaseException) -> tuple[str, bool]:
 # Retries: one prompt, and the attempts to get it answered
 
 
-def retry_wait(error: AutonomousError, attempt: int, attempts: int) -> float | None:
-    """Seconds to wait before trying again after ``attempt`` of ``attempts``; None to give up."""
-    if not error.retryable or attempt >= attempts:
+def retry_wait(error: AutonomousError, number: int, limit: int) -> float | None:
+    """Seconds to wait before trying again after attempt ``number`` of ``limit``; None to give up."""
+    if not error.retryable or number >= limit:
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= MAX_RETRY_AFTER else None
-    return BACKOFF[attempt - 1] * random.uniform(1 - JITTER, 1 + JITTER)
+    return BACKOFF[number - 1] * random.uniform(1 - JITTER, 1 + JITTER)
 
 
 class Exchange:
@@ -1571,9 +1582,10 @@ class Exchange:
         image_types = self.model.service.attachment_types
         messages = build_messages(prompt.messages, image_types, bool(self.tools), instructions, after_results)
         last = messages[-1] if messages else {"role": "user", "content": ""}
-        # A caller may give the model the beginning of its answer. In a conversation, that is the answer before this.
-        answered = last["role"] == "assistant" and conversation is not None
-        if answered or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
+        # The last message may be the assistant's. In a conversation, it is the answer before, and nothing was asked
+        # since. Elsewhere, the caller has begun the answer for the model. Our own instructions are no prompt, either.
+        nothing_new = last["role"] == "assistant" and conversation is not None
+        if nothing_new or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
 
@@ -1586,9 +1598,11 @@ class Exchange:
             if error is None:
                 self._report(attempt)
                 return
-            located = error.located(self.url, attempt.number, checking=limit == 1)
+            checking = limit == 1  # only `llm autonomous check` asks for a single attempt
+            located = error.located(self.url, attempt.number, checking)
+            # What the next attempt is, unless a branch says otherwise.
             number, wait, corrected = attempt.number + 1, None, attempt.corrected
-            if attempt.kept and error.retryable:
+            if attempt.kept and error.retryable:  # the server had closed that connection: this does not count
                 step, number, self.reuse = "trying again on a new connection", attempt.number, False
             elif error.correction and not corrected and number <= limit:
                 step, corrected = "asking the model to correct it", attempt
@@ -1693,7 +1707,7 @@ class Attempt:
         self.deadline = 0.0  # when to stop reading, by time.monotonic(), if the answer is already complete
         self.enough = False  # nothing that still arrives is worth reading
 
-    def trace(self, event: str, info: dict[str, Any]) -> Any:
+    def follow(self, event: str, info: dict[str, Any]) -> Any:
         """Follow the request on its way, by the events of httpcore's ``trace`` extension.
 
         They say whether it got a new connection, and which proxy has yet to connect. A stream is returned to be closed:
@@ -1757,7 +1771,7 @@ class Attempt:
         return self._out(pieces)
 
     def _read_on(self, seconds: float, restart: bool = False) -> None:
-        """Read on for at most ``seconds``, counted from the first call with this limit, or from now to ``restart``."""
+        """Read on for at most ``seconds`` from the first call with this limit or, with ``restart``, from now."""
         seconds = min(seconds, self.exchange.timeout)
         if restart or seconds != self.read_timeout or not self.deadline:
             self.read_timeout, self.deadline = seconds, time.monotonic() + seconds
@@ -1933,11 +1947,11 @@ async def take_pool(proxy: str | None) -> Pool:
 def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
     """The body of a reply. The attempt's `read_timeout` says how long to wait for each piece of it.
 
-    httpcore looks up the timeout when it starts to iterate over a body, and can start again in the middle. So starting
-    again is how to change it, and no later attempt can inherit the change.
+    httpcore looks up the timeout when iterating over a body begins, and iterating can begin again in the middle. So
+    that is how to change it, for this request alone.
     """
     started = []  # all of them are kept: one that is dropped before its end would close the connection
-    live = "network_stream" in head.extensions  # a canned reply would start again at its beginning
+    live = "network_stream" in head.extensions  # a reply that a test made up would start again at its beginning
     while True:
         limit = attempt.request.extensions["timeout"]["read"] = attempt.read_timeout
         started.append(iter(cast("httpx.SyncByteStream", head.stream)))
@@ -1952,8 +1966,8 @@ def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
 class AsyncBody:
     """The same for async. No generator: see `AsyncAutonomous.execute`.
 
-    A wait is limited as httpcore limits its own, by anyio. asyncio's ways of limiting one could also cancel httpcore
-    while it closes a connection, which would then stay in the pool for ever: it is shielded from anyio's alone.
+    A wait is limited by anyio, as in httpcore, which shields the closing of a connection from anyio's cancellation
+    only. asyncio's could interrupt it, and the connection would stay in the pool for ever.
     """
 
     def __init__(self, head: httpx.Response, attempt: Attempt) -> None:
@@ -2001,7 +2015,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
 
     @staticmethod
     def trace(attempt: Attempt, event: str, info: dict[str, Any]) -> None:
-        if stream := attempt.trace(event, info):
+        if stream := attempt.follow(event, info):
             stream.close()
 
     def execute(
@@ -2030,7 +2044,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
 
     @staticmethod
     async def trace(attempt: Attempt, event: str, info: dict[str, Any]) -> None:
-        if stream := attempt.trace(event, info):
+        if stream := attempt.follow(event, info):
             await stream.aclose()
 
     async def execute(

@@ -361,6 +361,7 @@ NOTHING = [
     b"event: ping\n\n",
     b"id",
     b"data\n\n",
+    b"  \n",
     b'{"choices": []}',
 ]
 
