@@ -218,8 +218,8 @@ def schema_instructions(schema: dict[str, Any]) -> str:
     example: Any = "..."
     with contextlib.suppress(AttributeError, LookupError, TypeError):  # if a $ref leads to something that is no schema
         example = example_of(schema, schema)
-    written = [json.dumps(value, ensure_ascii=False) for value in (schema, example)]
-    return SCHEMA_INSTRUCTIONS.format(schema=written[0], example=written[1])
+    written, example = (json.dumps(value, ensure_ascii=False) for value in (schema, example))
+    return SCHEMA_INSTRUCTIONS.format(schema=written, example=example)
 
 
 def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
@@ -280,7 +280,10 @@ def build_messages(
 
 
 def holds_new_results(messages: list[llm.Message]) -> bool:
-    """Whether tools have run since the model last answered. What they attached follows their results in a message."""
+    """Whether tools have run since the model last answered.
+
+    Their results need not be the last message: what they attached follows in one of its own.
+    """
     for message in reversed(messages):
         if message.role == "assistant":
             return False
@@ -570,7 +573,7 @@ class Completion:
         self._previous: dict[str, Any] = {}  # the choice before it, if that held nothing but text
         self._previous_delta: dict[str, Any] = {}  # its delta, the same object
         self._index: Any = None  # of the choice that is the answer
-        self._numbers_chunks: bool | None = None  # the index does, and names no choice; None while that is not clear
+        self._numbers_chunks: bool | None = None  # the index numbers chunks, or names a choice; None: not clear yet
         self._waiting: list[dict[str, Any]] = []  # choices that are part of the answer if the index numbers chunks
         self._sums = {"text": (0, 0), "reasoning": (0, 0)}  # length and checksum of what came in deltas
         self._half = ""  # half a character
@@ -622,9 +625,9 @@ class Completion:
         The chunk, and each choice, delta and message in it, may report an error. An object within those counts as one
         only if the chunk holds no part of the answer.
         """
-        choices = chunk.get("choices")
+        choices: Any = chunk.get("choices")
         usable = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
-        answer = self._of_answer(cast("list[Any]", choices)) if usable else []
+        answer = self._of_answer(choices) if usable else []
         unusual = [] if CHUNK_FIELDS.issuperset(chunk) else [chunk]
         for choice in answer:
             unusual += [] if CHOICE_FIELDS.issuperset(choice) else [choice]
@@ -632,11 +635,12 @@ class Completion:
             unusual += [part for part in messages if isinstance(part, dict) and not MESSAGE_FIELDS.issuperset(part)]
         # In place of a choice, a message is an error even without a code.
         no_choice = not choices and (self.recognized or "choices" in chunk)
-        if unusual and (error := reported_error(*unusual, message_suffices=no_choice)):
+        if error := reported_error(*unusual, message_suffices=no_choice):
             raise error
         self.recognized = self.recognized or usable
         found = [self._read_choice(choice) for choice in answer]
-        if unusual and not any(found) and (error := reported_error(*objects_in(*unusual))):
+        nested = [inner for holder in unusual for inner in holder.values() if isinstance(inner, dict)]
+        if not any(found) and (error := reported_error(*nested)):
             raise error
         for key in ("id", "model", "created"):
             if key not in self.envelope and chunk.get(key) is not None:
@@ -754,7 +758,10 @@ class Completion:
                 known["arguments"] = arguments or known["arguments"]
 
     def _add(self, kind: str, text: str, repeats: bool = False, end: bool = False) -> None:
-        """Add to the pieces. Of a text that ``repeats`` what came in deltas, add what is new: if it differs, all."""
+        """Add text to the pieces.
+
+        If it ``repeats`` what came in deltas, only what follows that is added. A text that differs is added whole.
+        """
         if self._half or not text.isascii():
             # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk,
             # and the other begins the next. Neither can be printed or stored, so the first waits for the second.
@@ -784,7 +791,10 @@ MESSAGE_FIELDS |= {"reasoning_details", "annotations"}  # which describe what ot
 
 
 def holds_more(value: Any, known: frozenset[str]) -> bool:
-    """Whether an object has text, a list or an object in a field that is not ``known``; of another value, if any."""
+    """Whether a value holds more than its ``known`` fields.
+
+    That is text, a list or an object in another field or, if the value is no object, anything at all.
+    """
     if not isinstance(value, dict):
         return bool(value)
     return any(nested and isinstance(nested, (str, list, dict)) for key, nested in value.items() if key not in known)
@@ -803,7 +813,7 @@ class Thinking:
         self._held: list[str] = []  # the end of the text so far, if it may begin a tag
 
     def feed(self, pieces: list[str | StreamEvent], end: bool = False) -> list[str | StreamEvent]:
-        """The ``pieces`` of `Completion`, with the reasoning in the text among the reasoning."""
+        """The ``pieces`` of `Completion`, with the reasoning at the start of their text turned into events."""
         if self.answered:
             return pieces
         split: list[str | StreamEvent] = []
@@ -837,8 +847,12 @@ class Thinking:
                 reasoning, self._held = reasoning[:cut], [reasoning[cut:]]
         text = text.lstrip()
         self.answered = bool(text)
-        thought = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
-        return [*thought, text] if text else [*thought]
+        pieces: list[str | StreamEvent] = []
+        if reasoning:
+            pieces.append(StreamEvent(type="reasoning", chunk=reasoning))
+        if text:
+            pieces.append(text)
+        return pieces
 
 
 # Tool calls and JSON in what the model wrote
@@ -1119,10 +1133,11 @@ def matching_json(text: str, validator: Any) -> str:
     """The last JSON value in an answer that matches the schema. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
-    problem = "it holds no JSON"
+    mismatch, copied = "", False
     for value, written in [*find_json(text)][::-1]:
         try:
-            match validator.schema:  # if it is of an object with a field for a list, models may leave out the object
+            # If the schema wants an object whose one required field is a list, models may write the list alone.
+            match validator.schema:
                 case {"required": [field]} if isinstance(value, list) and not validator.is_valid(value):
                     value, written = {field: value}, f"{{{json.dumps(field)}: {written}}}"
             error = best_match(validator.iter_errors(value))
@@ -1130,14 +1145,13 @@ def matching_json(text: str, validator: Any) -> str:
             raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
         if error is None:
             return written
-        if problem.startswith("at $"):  # in a later value, which is more likely the one that was meant
-            continue
         if isinstance(value, dict) and {"type", "properties"} <= value.keys():
-            problem = "it repeats the schema, without values"
-        else:
+            copied = True
+        elif not mismatch:  # the last value is the one that was most likely meant
             # jsonschema's own message shows values as Python writes them, which a model would copy.
             wanted = as_json({error.validator: error.validator_value} if error.validator else False)
-            problem = quoted(f"at {error.json_path}, the schema has {wanted}")
+            mismatch = quoted(f"at {error.json_path}, the schema has {wanted}")
+    problem = mismatch or ("it repeats the schema, without values" if copied else "it holds no JSON")
     raise AutonomousError(
         f"the answer does not match the schema: {problem}; it begins: {quoted(text)}",
         correction=f"Your answer does not match the JSON schema: {problem}. {schema_instructions(validator.schema)}",
@@ -1406,10 +1420,6 @@ def error_words(body: object) -> str:
 
 MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
 NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
-
-
-def objects_in(*holders: dict[str, Any]) -> list[dict[str, Any]]:
-    return [nested for holder in holders for nested in holder.values() if isinstance(nested, dict)]
 
 
 def reported_error(*places: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
