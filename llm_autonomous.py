@@ -11,12 +11,9 @@ does no I/O and is shared by sync and async.
 
 from __future__ import annotations
 
-import ast
 import atexit
 import base64
 import contextlib
-import datetime
-import email.utils
 import functools
 import importlib.metadata
 import io
@@ -29,12 +26,10 @@ import sys
 import threading
 import time
 import uuid
-import warnings
 import weakref
-import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import click
 import llm
@@ -64,11 +59,9 @@ CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
 CONNECT_TIMEOUT = 10.0  # seconds to connect
-DRAIN_TIMEOUT = 0.5  # seconds for the reply to end once the answer is complete
-FINISH_TIMEOUT = 3.0  # seconds for usage and the end of the reply to arrive after a finish reason
-ERROR_BODY_TIMEOUT = 5.0  # seconds for the body of an error status to arrive
+END_TIMEOUT = 1.0  # seconds for usage and the end of the reply to arrive once the answer is whole
 KEEPALIVE = 60.0  # seconds that an idle connection stays open for the next prompt
-POOL_SIZE = 32  # concurrent async prompts per connection pool
+MAX_CONNECTIONS = 100  # of async prompts at the same time; more prompts wait for their turn
 
 ATTEMPTS = 3  # per prompt, including the first
 BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, plus or minus JITTER
@@ -82,14 +75,11 @@ USUAL_FINISH_REASON = (
 )
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
 THINKING_TAGS = ("<think>", "<scratch_pad>")
-# The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
-CODINGS = r"\b(aes128gcm|br|deflate|exi|dcb|dcz|(x-)?compress|(pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page whose title is wanted
 MAX_HELD = 256  # characters to hold while it is unclear whether they begin a tool call or reasoning
-MAX_CHOICES = 8  # chunks to hold while it is unclear whether their index numbers them or names a choice
-MAX_LITERAL = 64 * 1024  # characters of a tool call written in Python's syntax
+MAX_BEGINNING = 1024  # bytes of a reply to remember, in case that it turns out to hold no answer
 MAX_EXCERPT = 300  # characters of the server's own words in an error
 
 
@@ -173,10 +163,13 @@ class AutonomousOptions(llm.Options):
 
 
 def is_proxy_url(url: str) -> bool:
+    import httpx
+
     try:
-        parts = urlsplit(url)
-        return parts.port != 0 and parts.scheme in ("http", "https", "socks5", "socks5h") and bool(parts.hostname)
-    except ValueError:  # such as a port that is not a number
+        # To httpx the two are the same, but before 0.28 it rejects socks5h.
+        parts = httpx.Proxy(url.replace("socks5h://", "socks5://", 1)).url
+        return bool(parts.host) and (parts.port is None or parts.port in range(1, 65536))
+    except (ValueError, httpx.InvalidURL):
         return False
 
 
@@ -332,7 +325,8 @@ def call_text(part: ToolCallPart, tools: bool) -> str:
 def result_text(part: ToolResultPart, tools: bool) -> str:
     if not tools:
         return f"[the tool {part.name} {f'failed: {part.exception}' if part.exception else f'returned: {part.output}'}]"
-    return RESULT.format(name=part.name, output=part.output or f"Error: {part.exception}")
+    output = part.output or (f"Error: {part.exception}" if part.exception else "")
+    return RESULT.format(name=part.name, output=output)
 
 
 def tool_call(value: dict[str, Any]) -> str:
@@ -392,9 +386,10 @@ def endpoint_url(endpoint: str) -> httpx.URL:
         usable = url.scheme in ("http", "https") and bool(url.host) and (url.port or 80) in range(1, 65536)
     except httpx.InvalidURL:
         usable = False
-    if not usable or url.query or url.fragment:
+    if not usable or url.query or url.fragment or url.userinfo:
         raise AutonomousError(
-            f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host, such as http://127.0.0.1:8000"
+            f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host and without a password, such as "
+            "http://127.0.0.1:8000"
         )
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
 
@@ -407,7 +402,7 @@ class Framing:
 
     Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
     as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
-    value spread over many lines. The data of an event or a field named ``error`` comes out as ``{"error": data}``.
+    value spread over many lines. A line that is none of these becomes a value as well: a string.
 
     `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
     still returned. The result does not depend on how the bytes were cut, the cost is O(n), and at most
@@ -417,131 +412,104 @@ class Framing:
     def __init__(self) -> None:
         self.ended = False  # [DONE] has arrived, and anything after it is ignored
         self.error: AutonomousError | None = None
-        self.stray = ""  # the first line with a field that no event stream has
         self.cut_off = ""  # the beginning of a value, if the reply ended before the value did
         self.page = False  # the reply is a web page
-        self._first = True  # no line has been read yet
-        self._skip_newline = False  # the last bytes ended with CR, so an LF that comes first belongs to it
+        self._values: list[Any] = []  # what `feed` will return
+        self._after_cr = False  # the last bytes ended with CR, so an LF that comes first belongs to it
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
         self._document = False  # the rest of the reply is one thing: a web page, or JSON spread over lines
-        self._named_error = False  # the event is named error
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
         """The values completed by ``data``, the next bytes of the reply, or by its ``end``."""
-        values: list[Any] = []
         if self.error is None and not self.ended:
             try:
-                self._read_lines(data, values)
+                self._read_lines(data)
                 if end:
-                    last_line = self._line.decode("utf-8", "replace")
-                    if last_line:
-                        self._read_line(last_line, values)
-                    self._end_event(values, cut=bool(last_line))
+                    self._read_line(bytes(self._line))
+                    self._end_event(cut=bool(self._line))
             except AutonomousError as error:
                 self.error = error
+        values, self._values = self._values, []
         return values
 
-    def _read_lines(self, data: bytes, values: list[Any]) -> None:
+    def _read_lines(self, data: bytes) -> None:
         # Lines end at CRLF, LF or CR and nowhere else. No splitlines, then: it would also break lines at U+2028.
-        if self._skip_newline and data:
-            self._skip_newline = False
-            data = data.removeprefix(b"\n")
-        if b"\r" in data:
-            self._skip_newline = data.endswith(b"\r")
-            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines: list[Any] = data.split(b"\n")
-        rest = lines.pop()
-        if lines and self._line:
-            self._line += lines[0]
-            lines[0], self._line = self._line, bytearray()
+        if data:
+            data = data.removeprefix(b"\n") if self._after_cr else data
+            self._after_cr = data.endswith(b"\r")
+        *lines, rest = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         for line in lines:
-            if line:
-                if len(line) > MAX_EVENT_BYTES:
-                    raise too_large()
-                self._read_line(line.decode("utf-8", "replace"), values)
-                if self.ended:
-                    return
-            elif (self._held or self._named_error) and not self._document:
-                self._end_event(values)
+            if self._line:
+                line, self._line = bytes(self._line + line), bytearray()
+            if len(line) > MAX_EVENT_BYTES:
+                raise too_large()
+            self._read_line(line)
+            if self.ended:
+                return
         self._line += rest
         if len(self._line) > MAX_EVENT_BYTES:
             raise too_large()
 
-    def _read_line(self, line: str, values: list[Any]) -> None:
-        if self._first:
-            self._first = False
-            line = line.removeprefix("\ufeff")
+    def _read_line(self, line: bytes) -> None:
         if self._document:
             self._hold(line)
-        elif line.startswith("data:") or line == "data":
+            return
+        line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark, which may come first
+        field, _, data = line.partition(b":")
+        if field == b"data":
             # Most events are a single line, which is read at once: some servers send no blank line after it. The
             # lines of any other event are held until it is complete.
-            if self._held or self._named_error:
-                self._hold(line[5:].removeprefix(" "))
-            elif rest := self._decode_values(line[5:].lstrip(), values):
-                self._hold(rest)
-        elif line.startswith("event:"):
-            self._named_error = line[6:].strip() == "error"
-        elif line.startswith("error:"):
-            self._named_error = True
-            self._hold(line[6:])
-        elif line.startswith(":") or line.partition(":")[0] in ("event", "id", "retry"):
-            pass
-        elif line.lstrip().startswith(("{", "[", "<")):
-            self._end_event(values)
-            if rest := self._decode_values(line.lstrip(), values):
+            if self._held:
+                self._hold(data.removeprefix(b" "))
+            elif rest := self._read_values(data):
+                self._hold(rest.encode())
+        elif not line and self._held:
+            self._end_event()
+        elif field in (b"", b"event", b"id", b"retry"):
+            pass  # a blank line, a comment, or a field that says nothing about the answer
+        elif line.lstrip().startswith((b"{", b"[", b"<")):
+            self._end_event()
+            if rest := self._read_values(line):
                 self._document = True
-                self._hold(rest)
-        elif re.fullmatch(r"(?as)\s*|[\w-]+(:.*)?", line):
-            # Unknown fields are to be ignored, says WHATWG. A line that cannot be a field may be text that was garbled.
-            self.stray = self.stray or line.strip()
-        else:
-            raise not_understood(line)
+                self._hold(rest.encode())
+        elif words := line.decode("utf-8", "replace").strip():
+            self._values.append(words)
 
-    def _hold(self, line: str) -> None:
-        self._held += line.encode() + b"\n"
+    def _hold(self, line: bytes) -> None:
+        self._held += line + b"\n"
         if len(self._held) > MAX_EVENT_BYTES:
             raise too_large()
 
-    def _end_event(self, values: list[Any], cut: bool = False) -> None:
+    def _end_event(self, cut: bool = False) -> None:
         """Read what is held. The event ends at a blank line, at the next event, or ``cut`` off where the reply ends."""
-        held = self._held.decode().lstrip()
+        rest = self._read_values(self._held)
         self._held.clear()
-        if held.startswith("<"):
+        if rest.startswith("<"):
             self.page = True
-            raise AutonomousError(page_words(held), outage=True)
-        read: list[Any] = []
-        rest = self._decode_values(held, read)
-        if self._named_error:
-            self._named_error = False
-            values.append({"error": rest or next(filter(None, read), "event: error")})
-            return
-        values += read
+            raise AutonomousError(page_words(rest), outage=True)
         if rest and not cut:
             raise not_understood(rest)
         self.cut_off = rest
 
-    def _decode_values(self, text: str, values: list[Any]) -> str:
+    def _read_values(self, data: bytes | bytearray) -> str:
         """Read as many JSON values as there are, and return the rest: the beginning of one that is not complete."""
-        start = 0
-        while start < len(text) and not self.ended:
+        text = data.decode("utf-8", "replace").lstrip()
+        place = 0
+        while place < len(text) and not self.ended:
             try:
-                value, end = _decode_json(text, start)
+                value, end = decode_json(text, place)
             except (ValueError, RecursionError):
-                if text.startswith("[DONE]", start):
-                    self.ended = True
-                elif text.startswith("data:", start):  # some servers write the name of the field twice
-                    start = skip(r"data:\s*", text, start)
-                else:
-                    return text[start:]
+                if not text.startswith("[DONE]", place):
+                    return text[place:]
+                self.ended = True
             else:
-                values.append(value)
-                start = end if end == len(text) else skip(r"\s*", text, end)
+                self._values.append(value)
+                place = end if end == len(text) else skip(r"\s*", text, end)
         return ""
 
 
-_decode_json = json.JSONDecoder(strict=False).raw_decode
+decode_json = json.JSONDecoder(strict=False).raw_decode
 
 
 def skip(pattern: str, text: str, start: int = 0) -> int:
@@ -554,250 +522,130 @@ class Completion:
     """Turns the values of a reply into the text and the reasoning of an answer.
 
     The values are chat completion chunks or one whole chat completion, as OpenAI documents them
-    (https://platform.openai.com/docs/api-reference/chat). Each value is read, is known to be harmless, or is remembered
-    as not understood. Nothing is dropped in silence: whoever reads the reply has to report `not_understood`.
+    (https://platform.openai.com/docs/api-reference/chat). A chunk, its first choice, and the delta or message in that
+    are read as one object. If it holds neither text nor reasoning, a field of unknown meaning makes the value
+    `not_understood`. Nothing is dropped in silence: whoever reads the reply has to report that value.
 
     `feed` never raises: the error that a value reports is left in `error`, and what came before it is still returned.
     """
 
     def __init__(self) -> None:
         self.envelope: dict[str, Any] = {}  # id, model, created, finish_reason and usage, if they were sent
-        self.calls: list[dict[str, Any]] = []  # tool calls in OpenAI's own format, as far as they have arrived
-        self.recognized = False  # a chunk or a whole completion has arrived
         self.whole = False  # the answer is complete: there was a finish reason, or a whole completion
         self.not_understood: Any = None  # the first value that may hold a part of the answer in an unknown form
-        self.ignored: Any = None  # the first chunk without choices that held something else of unknown meaning
         self.error: AutonomousError | None = None
         self._pieces: list[str | StreamEvent] = []  # what `feed` will return
-        self._value: Any = None  # the value that is being read
-        self._previous: dict[str, Any] = {}  # the choice before it, if that held nothing but text
-        self._previous_delta: dict[str, Any] = {}  # its delta, the same object
-        self._index: Any = None  # of the choice that is the answer
-        self._numbers_chunks: bool | None = None  # the index numbers chunks, or names a choice; None: not clear yet
-        self._waiting: list[dict[str, Any]] = []  # choices that are part of the answer if the index numbers chunks
-        self._sums = {"text": (0, 0), "reasoning": (0, 0)}  # length and checksum of what came in deltas
-        self._half = ""  # half a character
+        self._in_deltas = False  # some text has come in a delta, so a message only repeats it
 
-    def feed(self, values: list[Any], end: bool = False) -> list[str | StreamEvent]:
-        """The text (`str`) and the reasoning (`StreamEvent`) in ``values``, or what waited for the ``end``."""
+    def feed(self, values: list[Any]) -> list[str | StreamEvent]:
+        """The text (`str`) and the reasoning (`StreamEvent`) in ``values``."""
         try:
             for value in values:
-                self._read(value)
-            if end:
-                self._numbers_chunks, waiting, self._waiting = True, self._waiting, []
-                for choice in waiting:
-                    self._read_chunk({"choices": [choice]})
-                self._add("text", "", end=True)
+                if self._in_deltas and (text := plain_text(value)):
+                    self._pieces.append(text)
+                    self.whole = False
+                    continue
+                understood = [self._read(chunk) for chunk in (value if isinstance(value, list) else [value])]
+                if self.not_understood is None and not all(understood):
+                    self.not_understood = value
         except AutonomousError as error:
             self.error = error
         pieces, self._pieces = self._pieces, []
         return pieces
 
-    def _read(self, value: Any) -> None:
-        try:
-            # Most choices differ from the one before in their text alone. So put the new text into the choice that is
-            # remembered from it, whose delta is _previous_delta. If the two are equal now, nothing else has changed.
-            [choice] = value["choices"]
-            delta = choice["delta"]
-            self._previous_delta["content"] = text = delta["content"]
-            if choice == self._previous and type(text) is str and PLAIN_FIELDS.issuperset(value):
-                self._add("text", text)
-                return
-        except (LookupError, TypeError, ValueError):
-            choice = delta = {}
-        self._value, before = value, len(self._pieces)
-        for chunk in value if isinstance(value, list) else [value]:
-            if isinstance(chunk, dict):
-                self._read_chunk(chunk)
-            elif chunk:
-                self._note()
-        plain = len(self._pieces) > before and delta.keys() <= {"role", "content"} and not self.whole
-        remember = plain and self._numbers_chunks is not None
-        self._previous, self._previous_delta = (choice, delta) if remember else ({}, {})
-
-    def _note(self) -> None:
-        if self.not_understood is None:
-            self.not_understood = self._value
-
-    def _read_chunk(self, chunk: dict[str, Any]) -> None:
-        """Read a chunk and the choice in it that is the answer.
-
-        The chunk, and each choice, delta and message in it, may report an error. An object within those counts as one
-        only if the chunk holds no part of the answer.
-        """
-        choices: Any = chunk.get("choices")
-        usable = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
-        answer = self._of_answer(choices) if usable else []
-        unusual = [] if CHUNK_FIELDS.issuperset(chunk) else [chunk]
-        for choice in answer:
-            unusual += [] if CHOICE_FIELDS.issuperset(choice) else [choice]
-            messages = (choice.get("delta"), choice.get("message"))
-            unusual += [part for part in messages if isinstance(part, dict) and not MESSAGE_FIELDS.issuperset(part)]
-        # In place of a choice, a message is an error even without a code.
-        no_choice = not choices and (self.recognized or "choices" in chunk)
-        if error := reported_error(*unusual, message_suffices=no_choice):
+    def _read(self, chunk: Any) -> bool:
+        """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
+        fields = filled(chunk)
+        choices = fields.get("choices")
+        usable = isinstance(choices, list) and isinstance(choices[0], dict)
+        choice = filled(choices[0] if choices and usable else choices and [choices])
+        delta = filled(choice.get("delta"))
+        message = {} if self._in_deltas else filled(choice.get("message"))
+        answer = {**choice, **message, **delta}
+        all_fields = {**answer, **fields}
+        if all_fields.keys() - CHUNK_FIELDS - ANSWER_FIELDS and (error := reported_error(all_fields)):
             raise error
-        self.recognized = self.recognized or usable
-        found = [self._read_choice(choice) for choice in answer]
-        nested = [inner for holder in unusual for inner in holder.values() if isinstance(inner, dict)]
-        if not any(found) and (error := reported_error(*nested)):
-            raise error
-        for key in ("id", "model", "created"):
-            if key not in self.envelope and chunk.get(key) is not None:
-                self.envelope[key] = shallow(chunk[key])
-        self._read_outcome(chunk)
-        if choices and not usable:
-            self._note()
-        elif not choices and holds_more(chunk, CHUNK_FIELDS):
-            # Whatever else a chunk holds is about the request. An object that is no chunk may hold the answer.
-            if "choices" not in chunk or mentions_error(chunk):
-                self._note()
-            if not (self.ignored or chunk.get("usage")):
-                self.ignored = chunk
-
-    def _read_outcome(self, holder: dict[str, Any]) -> None:
-        """Read the usage and the finish reason in a chunk or a choice."""
-        if usage := holder.get("usage"):
-            self.envelope["usage"] = shallow(usage)
-            self.recognized = True
-        reason = holder.get("finish_reason")
-        if reason and str(reason).strip().lower() not in NO_FINISH_REASONS:
-            self.envelope["finish_reason"] = shallow(reason)
-            self.recognized = self.whole = True
-
-    def _of_answer(self, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The choices that are part of the answer and can be read now.
-
-        Only one is asked for, but some servers take turns in sending several, and others number chunks in ``index``. If
-        the index stays or rises by one each time, it numbers chunks, and all of them are part of the answer. If it
-        jumps or comes back, it names a choice, and the first choice is the answer. Until that is clear, choices wait.
-        """
-        own = [choice for choice in choices if choice.get("index") in (None, self._index or 0)][:1]
-        if self._index is None or self._numbers_chunks:
-            return own or choices[:1]
-        if self._numbers_chunks is None and len(choices) == 1:
-            index, last = choices[0].get("index"), self._waiting[-1]["index"] if self._waiting else self._index
-            if not own and isinstance(index, int) and index - last in (0, 1):
-                self._waiting += choices
-                if len(self._waiting) < MAX_CHOICES:
-                    return []
-                self._numbers_chunks, own = True, self._waiting
-            else:
-                self._numbers_chunks = False
-            self._waiting = []
-        return own
-
-    def _read_choice(self, choice: dict[str, Any]) -> bool:
-        """Read a choice, whose text is in its ``delta``, its ``message`` or itself, and return whether it has any."""
-        delta, message = choice.get("delta"), choice.get("message")
-        found = isinstance(delta, dict) and self._read_message(delta)
-        if not found and ("text" in choice or "content" in choice):
-            found = self._read_message(choice)
-        if not found and isinstance(message, dict):
-            found = self._read_message(message, repeats=True)
-        self.whole = self.whole or bool(message and not delta)
-        if found:
-            if self._index is None:
-                index = choice.get("index")
-                self._index = index if isinstance(index, int) else 0
-        elif (
-            holds_more(delta, MESSAGE_FIELDS)
-            or holds_more(message, MESSAGE_FIELDS)
-            or (not choice.get("finish_reason") and holds_more(choice, CHOICE_FIELDS))
-        ):
-            self._note()
-        self._read_outcome(choice)
-        return found
-
-    def _read_message(self, message: dict[str, Any], repeats: bool = False) -> bool:
-        """Read a message or a delta, and return whether it held anything. It may repeat what came in deltas."""
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        content = message.get("content") or message.get("text") or message.get("refusal")
-        for kind, value in (("reasoning", reasoning), ("text", content)):
-            if type(value) is str:
-                self._add(kind, value, repeats)
-            elif value:
-                parts = [*self._parts(kind, value)]
-                for wanted in ("reasoning", "text"):
-                    self._add(wanted, "".join(text for part_kind, text in parts if part_kind == wanted), repeats)
-        calls = message.get("tool_calls") or message.get("function_call")
-        if calls and not (repeats and self.calls):
-            self._read_calls(calls if isinstance(calls, list) else [{"function": calls}])
-        return bool(content or reasoning or calls)
-
-    def _parts(self, kind: str, content: Any) -> Iterator[tuple[str, str]]:
-        """The text in content parts, each with its kind: ``text`` or ``reasoning``."""
-        for part in content if isinstance(content, list) else [content]:
-            thinking = isinstance(part, dict) and (part.get("thinking") or part.get("reasoning"))
-            if isinstance(part, str):
-                yield kind, part
-            elif thinking and kind == "text":
-                yield from self._parts("reasoning", thinking)
-            elif isinstance(part, dict) and isinstance(part.get("text"), str):
-                yield "reasoning" if part.get("type") in ("thinking", "reasoning") else kind, part["text"]
-            elif part:
-                self._note()
-
-    def _read_calls(self, calls: list[Any]) -> None:
-        """Read tool calls, or the fragments of them that come in deltas."""
-        for position, call in enumerate(calls):
-            function = call.get("function") if isinstance(call, dict) else None
-            if not isinstance(function, dict):
-                self._note()
-                continue
-            index, own_id, arguments = call.get("index", position), call.get("id"), function.get("arguments")
-            same = [known for known in self.calls if known["index"] == index and own_id in (None, "", known["id"])]
-            if not same:
-                same = [{"index": index, "id": own_id, "name": "", "arguments": ""}]
-                self.calls += same
-            known = same[0]
-            known["name"] = known["name"] or function.get("name")
-            if isinstance(arguments, str) and isinstance(known["arguments"], str):
-                known["arguments"] += arguments
-            else:
-                known["arguments"] = arguments or known["arguments"]
-
-    def _add(self, kind: str, text: str, repeats: bool = False, end: bool = False) -> None:
-        """Add text to the pieces.
-
-        If it ``repeats`` what came in deltas, only what follows that is added. A text that differs is added whole.
-        """
-        if self._half or not text.isascii():
-            # A server that cuts text by UTF-16 units may split a character: one half (such as \ud83d) ends a chunk,
-            # and the other begins the next. Neither can be printed or stored, so the first waits for the second.
-            text, self._half = self._half + text, ""
-            if not end and "\ud800" <= text[-1:] <= "\udbff":
-                text, self._half = text[:-1], text[-1]
-            text = replace_surrogates(text)
-        length, checksum = self._sums[kind]
-        if not repeats:
-            self._sums[kind] = length + len(text), zlib.crc32(text.encode(), checksum)
-        elif zlib.crc32(text[:length].encode()) == checksum:
-            text = text[length:]
-        if text and kind == "text":
-            self.whole = False
+        finished = self._read_outcome(all_fields)
+        reasoning, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
+        text, odd_text = text_of(answer, "content", "text", "refusal")
+        if reasoning:
+            self._pieces.append(StreamEvent(type="reasoning", chunk=reasoning))
+        if text:
             self._pieces.append(text)
-        elif text:
-            self._pieces.append(StreamEvent(type="reasoning", chunk=text))
+            self._in_deltas = self._in_deltas or bool(delta)
+        self.whole = finished or bool(message and not delta) or (self.whole and not text)
+        if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
+            return False
+        if text or reasoning:
+            return True
+        unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
+        if not unknown and holds_more(fields, CHUNK_FIELDS):
+            # Beside a choice or the usage, and before any text, it is about the request, unless it mentions an error.
+            beside = choices or "usage" in fields or not self._in_deltas
+            is_chunk = isinstance(chunk, dict) and "choices" in chunk
+            unknown = not (is_chunk and beside) or mentions_error(chunk)
+        return not unknown
+
+    def _read_outcome(self, fields: dict[str, Any]) -> bool:
+        """Keep what a chunk says about the answer as a whole, and return whether there is a finish reason."""
+        for key in ("id", "model", "created"):
+            if key in fields:
+                self.envelope.setdefault(key, shallow(fields[key]))
+        if "usage" in fields:
+            self.envelope["usage"] = shallow(fields["usage"])
+        finished = str(fields.get("finish_reason")).strip().lower() not in NO_FINISH_REASONS
+        if finished:
+            self.envelope["finish_reason"] = shallow(fields["finish_reason"])
+        return finished
 
 
-# The fields that OpenAI documents, and those that others put in their place.
-PLAIN_FIELDS = frozenset({"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"})
-CHUNK_FIELDS = PLAIN_FIELDS | {"usage", "finish_reason"}
-CHOICE_FIELDS = frozenset({"index", "delta", "message", "text", "content", "finish_reason", "logprobs", "usage"})
-MESSAGE_FIELDS = frozenset({"role", "name", "content", "text", "refusal", "tool_calls", "function_call"})
-MESSAGE_FIELDS |= {"reasoning", "reasoning_content"}
-MESSAGE_FIELDS |= {"reasoning_details", "annotations"}  # which describe what other fields hold
+# The fields that OpenAI documents for a chunk, those for a choice and the delta or message in it, and what others add.
+CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"}
+CHUNK_FIELDS |= {"usage", "finish_reason"}
+ANSWER_FIELDS = {"index", "delta", "message", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
+ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations"}
+# Beside text in a delta, none of these holds anything new.
+PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
 
 
-def holds_more(value: Any, known: frozenset[str]) -> bool:
-    """Whether a value holds more than its ``known`` fields.
+def plain_text(value: Any) -> str:
+    """The text of a chunk in which nothing else matters, as in most chunks: they should be fast. Empty for others."""
+    try:
+        [choice] = value["choices"]
+        delta, text = choice["delta"], choice["delta"]["content"]
+        finished = choice.get("finish_reason") or value.get("finish_reason")
+        if not finished and all(map(PLAIN_FIELDS.issuperset, (value, choice, delta))):
+            return text if text.isascii() else replace_surrogates(text)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        pass
+    return ""
 
-    That is text, a list or an object in another field or, if the value is no object, anything at all.
+
+def text_of(fields: dict[str, Any], *names: str) -> tuple[str, bool]:
+    """The text in the first of these fields that is filled, and whether there is something else in it as well.
+
+    It may be a string, or a list of OpenAI's content parts.
     """
-    if not isinstance(value, dict):
-        return bool(value)
-    return any(nested and isinstance(nested, (str, list, dict)) for key, nested in value.items() if key not in known)
+    content: Any = next((fields[name] for name in names if name in fields), [])
+    texts, odd = [], False
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts.append(text)
+        else:
+            odd = odd or bool(filled(part).keys() - {"type"})
+    return replace_surrogates("".join(texts)), odd
+
+
+def filled(value: Any) -> dict[str, Any]:
+    """The fields of an object that hold something. A value of another kind counts as a field that nobody knows."""
+    fields = value if isinstance(value, dict) else {"": value and [value]}
+    return {key: inner for key, inner in fields.items() if inner}
+
+
+def holds_more(fields: dict[str, Any], known: set[str]) -> bool:
+    """Whether there is text, a list or an object in a field that is not ``known``."""
+    return any(isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
 
 
 class Thinking:
@@ -809,13 +657,10 @@ class Thinking:
     def __init__(self) -> None:
         self.answered = False  # some text has arrived, and everything that follows is text as well
         self.reasoned = False  # some reasoning has arrived
-        self._closing: str | None = None  # the tag that ends the reasoning; empty once it has arrived
-        self._held: list[str] = []  # the end of the text so far, if it may begin a tag
+        self._held: list[str] = []  # what may begin a tag or, after an opening tag, that tag and what may end it
 
     def feed(self, pieces: list[str | StreamEvent], end: bool = False) -> list[str | StreamEvent]:
         """The ``pieces`` of `Completion`, with the reasoning at the start of their text turned into events."""
-        if self.answered:
-            return pieces
         split: list[str | StreamEvent] = []
         for piece in pieces:
             split += [piece] if self.answered or not isinstance(piece, str) else self._split(piece)
@@ -827,32 +672,29 @@ class Thinking:
     def _split(self, text: str, end: bool = False) -> list[str | StreamEvent]:
         """The reasoning and the texts in ``text``, the next part of the answer."""
         held, self._held = [*self._held, text], []
-        reasoning, text = "", "".join(held)
-        if self._closing is None:
-            begin = text.lstrip()
-            tag = next((tag for tag in THINKING_TAGS if begin.startswith(tag)), "")
-            if not tag:
-                if not end and len(text) < MAX_HELD and any(tag.startswith(begin) for tag in THINKING_TAGS):
-                    self._held = held
-                    return []
-                self.answered = bool(text)
-                return [piece for piece in held if piece]
-            self._closing, text = tag.replace("<", "</"), begin[len(tag) :]
-        if self._closing:
-            reasoning, closing, text = text.partition(self._closing)
-            cut = reasoning.rfind("<")
-            if closing:
-                self._closing = ""
-            elif cut >= 0 and not end and self._closing.startswith(reasoning[cut:]):
-                reasoning, self._held = reasoning[:cut], [reasoning[cut:]]
-        text = text.lstrip()
+        text = "".join(held)
+        found = re.compile(rf"\s*{THOUGHT}\s*").match(text)
+        if not found:
+            begins = any(tag.startswith(text.lstrip()) for tag in THINKING_TAGS)
+            if begins and len(text) < MAX_HELD and not end:
+                self._held = held
+                return []
+            self.answered = bool(text)
+            return [piece for piece in held if piece]
+        tag, reasoning, closing = found.groups()
+        cut = reasoning.rfind("<")
+        if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
+            reasoning, closing = reasoning[:cut], reasoning[cut:]
+        text = text[found.end() :]
+        self._held = [f"<{tag}>{closing}"]
         self.answered = bool(text)
-        pieces: list[str | StreamEvent] = []
-        if reasoning:
-            pieces.append(StreamEvent(type="reasoning", chunk=reasoning))
-        if text:
-            pieces.append(text)
-        return pieces
+        thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
+        return [*thought, text] if text else thought
+
+
+# Reasoning in tags, even without an end. Like all patterns here, it is a string: `re` compiles them when they are first
+# used, and `llm --help` never uses them.
+THOUGHT = r"(?s:<(?P<tag>think|scratch_pad)>(?P<thought>.*?)(?P<closing></(?P=tag)>|\Z))"
 
 
 # Tool calls and JSON in what the model wrote
@@ -861,218 +703,167 @@ class Thinking:
 class ToolCallParser:
     """Splits the text of an answer into text and tool calls. Used only when the model was given tools.
 
-    A call is JSON with the name of an offered tool and an object of arguments, standing on its own: at the start of the
-    answer, in a tag, after ``<|python_tag|>``, or after another call. It is recognized by what it says, not by what it
-    is wrapped in. If something begins as a call but cannot be read, or comes after words, in a code fence or at the end
-    of the answer, the model is asked to write it again. Everything else is text and comes out unchanged, except for
-    white space next to a call.
+    A call is a JSON object with the name of an offered tool and an object of arguments. It is taken at the start of the
+    answer, in a tag, or after another call. One that stands on a line of its own or in a code fence after words, one
+    that cannot be read, and a made-up result are put to the model once. Everything else is text and comes out
+    unchanged, except for white space next to a call.
 
-    Text is passed on at once, but everything from the first call on is held until the end, because the model may have
-    to write all calls again. `feed` never raises: the problem is left in `error`, with a correction for the model. The
-    result does not depend on how the text was cut, and the cost is O(n).
+    Where a call may begin, up to `MAX_HELD` characters are held until that is clear. Once one seems to begin, all that
+    follows is held until the end, because the model may have to write all calls again. `feed` never raises: the problem
+    is left in `error`, with a correction for the model. The result does not depend on how the text was cut, and the
+    cost is O(n).
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = frozenset(names)
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
-        self._blank = True  # nothing but white space has been passed on
-        self._held = io.StringIO()  # a few characters that may begin a call, or everything from the first call on
-        self._called = False  # a call has begun, and everything from it on is held
-        self._parsed = 0  # its length when it was last parsed; 0 until it has a closing bracket
+        self._held = io.StringIO()  # what has not been passed on, and some of the text before it
+        self._passed = 0  # the length of that text
+        self._calling = False  # a call seems to have begun
+        self._recent = ""  # the last text since then; nothing more once it has had the tag of a result in it
+        # How a call begins outside of our tags, which has to name a tool soon, and within them.
+        name = "|".join(map(re.escape, sorted(self.names)))
+        keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
+        self._object = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
+        self._in_tag = re.compile(rf"[{{\[]|({name})(\.call)?\(")
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
+        if self.error:
+            return []
         text = "".join(pieces)
         size = self._held.tell() + self._held.write(text)
-        if self._called and size > MAX_EVENT_BYTES:
-            self.error = self.error or too_large("a tool call")
-        # What is held may turn out to be no call. To find out, parse everything once a bracket closes, and again when
-        # there is twice as much: that keeps the cost linear.
-        wait = self._called and (size < 2 * self._parsed if self._parsed else not re.search(CLOSING_BRACKET, text))
-        return [] if self.error or (wait and not end) else self._read(self._held.getvalue(), end)
-
-    def _read(self, text: str, end: bool) -> list[Any]:
-        pieces: list[Any] = []  # up to the last call
-        error = None
-        start = position = 0  # text[:start] is in pieces, and text[:position] has been looked at
-        # Where the answer begins, and where the next call would directly follow the last; -1 after other text.
-        beginning = alone = skip(r"\s*", text) if self._blank else -1
-        while True:
-            place, wrapping = self._find_call(text, position, beginning, end)
-            if not wrapping or (pieces and RESULT_TAG in text[position:place]):
-                break
+        passed = [] if self._calling else self._pass_on()
+        if self._calling and size > MAX_EVENT_BYTES:
+            self.error = too_large("a tool call")
+        elif self._calling and RESULT_TAG not in self._recent:
+            self._recent = self._recent[-len(RESULT_TAG) :] + text
+            if RESULT_TAG in self._recent:
+                # The tag may be part of an argument. Only if it follows the calls has the answer finished.
+                with contextlib.suppress(AutonomousError):
+                    self._split()
+        if end and not self.error:
             try:
-                calls, position = calls_or_text(wrapping, self.names, place == alone)
-            except AutonomousError as problem:
-                error, pieces = problem, pieces or [text[:place]]
+                return passed + self._split()
+            except AutonomousError as error:
+                self.error = error
+        return passed
+
+    def _pass_on(self) -> list[Any]:
+        """The text up to where a call begins or may begin."""
+        text, place = self._held.getvalue(), self._passed
+        while (place := find_opening(text, place)) < len(text):
+            self._calling = self._wrapping(text, place) is not None
+            if self._calling or len(text) - place < MAX_HELD:
                 break
+            place += 1
+        passed, begin = text[self._passed : place], max(0, place - MAX_HELD)
+        self._held, self._passed = io.StringIO(), place - begin
+        self._held.write(text[begin:])
+        return [passed] if passed else []
+
+    def _wrapping(self, text: str, place: int) -> re.Match[str] | None:
+        """The tags and fences at ``place``, if a call or a made-up result seems to begin with them, or without any."""
+        window = text[place : place + MAX_HELD]
+        wrapping = re.compile(WRAPPING).match(window)
+        assert wrapping  # since the pattern can match nothing
+        value = window[wrapping.end() :]
+        seems_a_call = (
+            wrapping["function"] in self.names
+            or (value.startswith(RESULT_TAG) and begins_answer(text, place))
+            or (wrapping["tag"] in OWN_TAGS and self._in_tag.match(value))
+            or self._object.match(value)
+        )
+        return wrapping if seems_a_call else None
+
+    def _split(self) -> list[Any]:
+        """The calls in what is held, and the text around them. Raises if the model has to be asked what it means."""
+        text = self._held.getvalue()
+        pieces: list[Any] = []
+        start = place = self._passed  # the text before start is in pieces
+        next_call = -1  # where a call would directly follow the last
+        while (place := find_opening(text, place, next_call)) < len(text):
+            if pieces and text.startswith(RESULT_TAG, place):
+                self.finished, text = True, text[:place]
+                break
+            wrapping = self._wrapping(text, place)
+            if not wrapping:
+                place += 1
+                continue
+            begin = place + wrapping.end()
+            if text.startswith(RESULT_TAG, begin):
+                raise made_up_result(text[begin:])
+            calls, end = self._read_calls(text, begin, wrapping)
             if calls:
-                pieces += [text[start:place], *calls]
-                start, alone = position, skip(r"\s*", text, position)
-        self.error = error if end else None  # before the end, a call may merely be unfinished
-        self.finished = bool(pieces) and not error and RESULT_TAG in text[position:]
-        if end and not error:
-            pieces += [] if self.finished else [text[start:]]
-            return [piece for piece in pieces if not isinstance(piece, str) or piece.strip() or len(pieces) == 1]
-        before = pieces[0] if pieces else text[:place]
-        held = text[len(before) :]
-        self._held = io.StringIO()
-        self._held.write(held)
-        self._called = bool(pieces)
-        self._parsed = len(held) if pieces and re.search(CLOSING_BRACKET, held) else 0
-        self._blank = self._blank and not before.strip()
-        return [before] if before else []
+                end = skip(CLOSING + (CLOSING_FENCE + CLOSING if wrapping["fence"] else ""), text, end)
+                tag = wrapping["tag"] or wrapping["function"]
+                if tag or place == next_call or begins_answer(text, place):
+                    pieces += [text[start:place], *calls]
+                    start, next_call = end, skip(r"\s*", text, end)
+                elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):
+                    raise call_after_words(text[begin:])
+            place = end
+        pieces.append(text[start:])
+        return [piece for piece in pieces if not isinstance(piece, str) or piece.strip() or len(pieces) == 1]
 
-    def _find_call(self, text: str, position: int, beginning: int, end: bool) -> tuple[int, re.Match[str] | None]:
-        """Where from ``position`` on the next call begins, and the match of what it is wrapped in.
+    def _read_calls(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[llm.ToolCall], int]:
+        """The calls at ``place``, one after another or in lists, and the position after the last.
 
-        There is no match if it is too early to say whether it is a call, or if there is none: the position is then the
-        end of the text. At the ``beginning`` of the answer, a made-up result or a list in Python's syntax counts too.
+        If the first value is no call, there are none, and the position is the one after that value. In `OWN_TAGS` all
+        values have to be calls. After a call, a value may have any name and no arguments.
         """
-        for opening in re.compile(OPENING).finditer(text, position):
-            place = opening.start()
-            wrapping = re.compile(WRAPPING).match(text, place)
-            assert wrapping
-            tag, value = wrapping["tag"], text[wrapping.end() : wrapping.end() + MAX_HELD]
-            in_python = tag in ("python_tag", *OWN_TAGS) or (place == beginning and text[place] == "[")
-            starts = call_starts(self.names, place == beginning, in_python)
-            start = squeezed(value)
-            if start.startswith(starts) or (tag in OWN_TAGS and value.startswith(("{", "["))):
-                return place, wrapping
-            early = not end and len(value) < MAX_HELD
-            if early and (re.fullmatch(HALF_WRAPPING, value) or any(known.startswith(start) for known in starts)):
-                return place, None
-        return len(text), None
-
-
-# Strings, because `re` compiles them when they are first used, and `llm --help` never uses them.
-RESULT_TAG = "<tool_response>"
-# Where a call may begin: at a tag, a fence, an object or a list, or at the end of a text that may go on as one.
-OPENING = r"""<(?=[|\w-]|\Z)|`(?=``[^`]|`{0,2}\Z)|\{(?=\s{0,99}(?:["']|\Z))|\[(?=\s{0,99}(?:\[\s{0,99})?(?:[{\w]|\Z))"""
-# Up to three tags and fences before a call. It can match nothing, so it always matches.
-WRAPPING = r"(?:(?:<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))\s{0,255}){0,3}"
-# A tag or a fence whose end has not arrived yet.
-HALF_WRAPPING = r"<\|?[\w-]{0,64}\|?|`{1,2}"
-# Llama's <function=name>, up to its arguments.
-FUNCTION = r"<function[=(/]([\w.-]+)[\s>()=:,\"]*(?={)"
-# What models leave after a call.
-EXTRA_BRACKETS = r"(?:[\s;,]*[}\]])*"
-CLOSING_FENCE = r"(?:\s*```)?"
-CLOSING_TAGS = r"(?:[\s;,]*(?:</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
-# After a call that no words follow: another call, the beginning of a tag or a fence, or nothing.
-NO_WORDS = r"[\s;,]*([{\[]|(<|`{1,2})?\Z)"
-JSON_START = r"""(?s)<(?P<tag>think|scratch_pad)>.*?(</(?P=tag)>|\Z)|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
-CLOSING_BRACKET = r"[}\]]"
-# A bracket, or a string in JSON's or Python's quotes, even unfinished. An apostrophe within a word is not a quote.
-TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?|(?<!\w)'[^'\\]*(?:\\.[^'\\]*)*'?"""
-
-OWN_TAGS = ("tool_call", "tools")  # the tag that the model is asked to use, and the one around the tools
-CALL_STARTS = ('{"type":"function"', '{"parameters":', '{"arguments":', '{"function":', '{"id":')
-RESULT_STARTS = (RESULT_TAG, '{"tool_response"', '{"name":"tool_response"')
-
-
-@functools.lru_cache
-def call_starts(names: frozenset[str], results: bool, in_python: bool) -> tuple[str, ...]:
-    """How calls of tools with these names can begin, and made-up ``results``, in the form that `squeezed` gives."""
-    starts = [*CALL_STARTS, *(RESULT_STARTS if results else ())]
-    for name in map(squeezed, names):
-        starts += [f'{{"name":"{name}"', *(f"<function{sign}{name}" for sign in "=(/")]
-        starts += [f"{name}(", f"{name}.call("] if in_python else []
-    return tuple(starts)
-
-
-def squeezed(text: str) -> str:
-    """The beginning of some JSON in a form that can be compared: without white space and ``[``, in double quotes."""
-    return re.sub(r"[\s\[]", "", text).replace("'", '"')
-
-
-def calls_or_text(wrapping: re.Match[str], names: Collection[str], alone: bool) -> tuple[list[llm.ToolCall], int]:
-    """The calls in a wrapping and the position after them, or no calls and the position up to which it is text.
-
-    ``alone`` says that nothing but calls stands before it. Raises if the model has to be asked what it means.
-    """
-    text, begin = wrapping.string, wrapping.end()
-    tag, fence = wrapping["tag"] or "", wrapping["fence"]
-    if squeezed(text[begin : begin + MAX_HELD]).startswith(RESULT_STARTS):
-        raise made_up_result(text[begin:])
-    marked = alone or tag or text[begin] == "<"
-    try:
-        calls, end = read_calls(text, begin, names, tag)
-    except (ValueError, RecursionError) as error:
-        end = closing_bracket(text, begin)
-        if marked or re.compile(NO_WORDS).match(text, end):
-            raise broken_call(str(error), text[begin:]) from None
-        return [], end
-    if not calls:
-        return [], end
-    end = skip(EXTRA_BRACKETS + CLOSING_TAGS + (CLOSING_FENCE + CLOSING_TAGS if fence else ""), text, end)
-    if marked:
-        return calls, end
-    if fence or re.compile(NO_WORDS).match(text, end):
-        raise call_after_words(text[begin:])
-    return [], end  # it is part of a sentence
-
-
-def read_calls(text: str, start: int, names: Collection[str], tag: str) -> tuple[list[llm.ToolCall], int]:
-    """The calls at ``start``, one after another or in lists, and the position after the last.
-
-    If the first value is no call, there are none, and the position is the one after that value. Raises `ValueError` if
-    a call cannot be read.
-    """
-    may_omit_arguments = re.search("tool|function|call|python_tag", tag)
-    found: list[Any] = []
-    while not found or text.startswith(("{", "["), start):
-        value, after = read_value(text, start)
-        values = value if isinstance(value, list) else [value]
-        fields = [call_fields(each) for each in values]
-        offered = any(name in names and (may_omit_arguments or arguments is not None) for name, arguments, _ in fields)
-        meant = tag in OWN_TAGS or ((found or offered) and all(name for name, _, _ in fields))
-        if not meant or any(is_tool for _, _, is_tool in fields):
-            if not found:
-                end = after
-            break
-        found += values
-        start, end = skip(r"[\s;,]*", text, after), after
-    return [read_call(value) for value in found], end
-
-
-def read_value(text: str, start: int) -> tuple[Any, int]:
-    """The object or list at ``start``, in JSON or in Python's syntax, and the position after it.
-
-    Llama's ``<function=name>{…}`` is read as a call with these arguments. Raises `ValueError`.
-    """
-    if function := re.compile(FUNCTION).match(text, start):
-        arguments, end = read_value(text, function.end())
-        return {"name": function[1], "arguments": arguments}, skip(r"\s*\)?", text, end)
-    try:
-        return _decode_json(text, start)
-    except (ValueError, RecursionError) as error:
-        problem = f"it is no valid JSON: {getattr(error, 'msg', error)}"
-    end = closing_bracket(text, start)
-    if end - start > MAX_LITERAL:
-        raise ValueError(problem)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about invalid escapes
+        tag, function = wrapping["tag"] or "", wrapping["function"]
+        may_omit = re.search("tool|function|call|python_tag", tag)
+        calls: list[llm.ToolCall] = []
+        end, next_value = place, place
         try:
-            return json.loads(json.dumps(ast.literal_eval(with_escapes(text[start:end])))), end
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise ValueError(problem) from None
+            while not calls or re.compile(r"(\[\s*)?\{").match(text, next_value):
+                value, after = decode_json(text, next_value)
+                if function and not calls:
+                    value = {"name": function, "arguments": value}
+                values = value if value and isinstance(value, list) else [value]
+                fields = [call_fields(each) for each in values]
+                offered = any(name in self.names and (may_omit or given is not None) for name, given, _ in fields)
+                meant = tag in OWN_TAGS or ((calls or offered) and all(name for name, _, _ in fields))
+                if not meant or any(is_tool for _, _, is_tool in fields):
+                    return calls, end if calls else after
+                calls += [read_call(each) for each in values]
+                end, next_value = after, skip(r"[\s;,}\]]*", text, after)
+        except (ValueError, RecursionError) as error:
+            problem = f"it is no valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise broken_call(problem, text[place:]) from None
+        return calls, end
 
 
-def closing_bracket(text: str, start: int) -> int:
-    """The position after the object or list at ``start``, going by brackets alone; the end of a text without one."""
-    depth = 0
-    for token in re.compile(TOKEN).finditer(text, start):
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
-        if depth == 0:
-            return token.end()
+OWN_TAGS = ("tool_call", "tools", "python_tag")  # what the model is asked to use, what is around the tools, and Llama's
+RESULT_TAG = "<tool_response>"
+# Up to three tags and fences before a call. It can match nothing, so it always matches.
+WRAPPING = (
+    r"((<function=(?P<function>[\w.-]{1,64})>|<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))"
+    r"\s{0,99}){0,3}"
+)
+# What models leave after a call: brackets and closing tags.
+CLOSING = r"([\s;,]*([}\]]|</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
+CLOSING_FENCE = r"(\s*```)?"
+
+
+def find_opening(text: str, start: int, next_call: int = -1) -> int:
+    """Where from ``start`` on a call may begin: at a tag, a fence, or a bracket that begins a line or follows a call.
+
+    The length of the text if there is no such place.
+    """
+    for found in re.compile(r"<(?=[|\w]|\Z)|```|`{1,2}\Z|[{\[]").finditer(text, start):
+        place = found.start()
+        line = text[max(0, place - MAX_HELD) : place].rpartition("\n")[2]
+        if found[0] not in ("{", "[") or place == next_call or not line.strip():
+            return place
     return len(text)
 
 
-def with_escapes(text: str) -> str:
-    """``text``, which is JSON or a Python literal, with the control characters in its strings escaped."""
-    return re.sub(TOKEN, lambda token: re.sub(r"[\0-\x1f]", lambda char: json.dumps(char[0])[1:-1], token[0]), text)
+def begins_answer(text: str, place: int) -> bool:
+    """Whether nothing but white space stands before a place. More of it than `MAX_HELD` may hide words."""
+    return not text[max(0, place - MAX_HELD) : place].strip()
 
 
 def call_fields(value: Any) -> tuple[str | None, Any, bool]:
@@ -1085,8 +876,7 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     if not isinstance(value, dict):
         return None, None, False
     name = value.get("name", value.get("function"))
-    given = [value[key] for key in ("arguments", "parameters") if value.get(key) is not None]
-    arguments = max(given, key=bool, default=None)  # the one that is not empty
+    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))
     is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
     is_tool = is_schema or ("description" in value and not value.get("arguments"))
     return name if isinstance(name, str) else None, arguments, is_tool
@@ -1101,9 +891,9 @@ def read_call(value: Any) -> llm.ToolCall:
         raise ValueError('its "name" is not the name of a tool')
     if arguments is None and not {"name", "arguments", "parameters", "function", "type", "id"}.issuperset(value):
         raise ValueError('it has no "arguments"')
-    if isinstance(arguments, str) and (text := arguments.strip() or "{}").startswith("{"):
-        value, end = read_value(text, 0)
-        arguments = value if end == len(text) else arguments
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # then they are no object
+            arguments = json.loads(arguments or "{}", strict=False)
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are not a JSON object')
     if shallow(arguments, 100) != arguments:  # `llm`, which wraps them in more JSON, could fail to write them
@@ -1113,6 +903,26 @@ def read_call(value: Any) -> llm.ToolCall:
     except ValueError:
         raise ValueError('its "arguments" contain NaN or Infinity, which are not JSON') from None
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
+
+
+JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
+# A bracket, or a string, even an unfinished one.
+TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
+
+
+def closing_bracket(text: str, start: int) -> int:
+    """The position after the object or list at ``start``, going by brackets alone; the end of a text without one."""
+    depth = 0
+    for token in re.compile(TOKEN).finditer(text, start):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+        if depth == 0:
+            return token.end()
+    return len(text)
+
+
+def with_escapes(text: str) -> str:
+    """JSON with the control characters in its strings escaped."""
+    return re.sub(TOKEN, lambda token: re.sub(r"[\0-\x1f]", lambda char: json.dumps(char[0])[1:-1], token[0]), text)
 
 
 def schema_validator(schema: dict[str, Any]) -> Any:
@@ -1144,7 +954,7 @@ def matching_json(text: str, validator: Any) -> str:
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
             raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
         if error is None:
-            return written
+            return with_escapes(written)
         if isinstance(value, dict) and {"type", "properties"} <= value.keys():
             copied = True
         elif not mismatch:  # the last value is the one that was most likely meant
@@ -1163,7 +973,7 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
     text = re.sub(r"\A```\w*", "", text.strip()).removesuffix("```").strip()
     decoder = json.JSONDecoder(strict=False, parse_constant=int)  # int refuses NaN, which is no JSON
     with contextlib.suppress(ValueError, RecursionError):
-        yield decoder.decode(text), with_escapes(text)
+        yield decoder.decode(text), text
         return
     end = 0
     while found := re.compile(JSON_START).search(text, end):
@@ -1172,129 +982,9 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             continue
         try:
             value, end = decoder.raw_decode(text, start)
-            yield value, with_escapes(text[start:end])
+            yield value, text[start:end]
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
-
-
-# The whole way from bytes to the pieces of an answer
-
-
-class Reply:
-    """Turns the bytes of a reply into the pieces of the answer: text and tool calls.
-
-    Nothing here raises. If something is wrong with the reply, it is left in `error` after everything before it has been
-    returned.
-    """
-
-    def __init__(self, parser: ToolCallParser | None = None, validator: Any = None, new_results: bool = False) -> None:
-        self.framing = Framing()
-        self.completion = Completion()
-        self.thinking = Thinking()
-        self.parser = parser  # only if there are tools
-        self.validator = validator  # only if there is a schema
-        self.new_results = new_results  # of tools were sent, so an empty answer is worth another question
-        self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected
-        self.error: AutonomousError | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether anything that still arrives is certain not to be part of the answer."""
-        return self.framing.ended or (self.parser is not None and self.parser.finished)
-
-    @property
-    def whole(self) -> bool:
-        """Whether the answer is complete, so that losing the connection does no harm."""
-        return self.completion.whole or self.ended
-
-    def feed(self, data: bytes, end: bool = False) -> list[Any]:
-        """The pieces completed by ``data``, the next bytes of the reply, or by its ``end``."""
-        if self.error:
-            return []
-        pieces: list[Any] = []
-        values = self.framing.feed(data, end)
-        end = end or self.framing.ended
-        if values or end:
-            pieces = self.thinking.feed(self.completion.feed(values, end), end)
-        self.error = self.completion.error or self.framing.error
-        return self._read(pieces) if pieces and (self.parser or self.validator) else pieces
-
-    def close(self, failure: Exception | None = None, timeout: float = DEFAULT_TIMEOUT) -> list[Any]:
-        """The pieces completed by the end of the reply, whether it came as it should or by a ``failure``."""
-        known = self.error  # more telling than the failure, unlike what is only found at the end
-        pieces, calls = self.feed(b"", end=True), self._native_calls()
-        self.error = known or self._problem(failure, timeout, bool(calls))
-        if not self.error and (self.parser or self.validator):
-            pieces += self._read(calls, end=True)
-        return pieces
-
-    def _problem(self, failure: Exception | None, timeout: float, called: bool) -> AutonomousError | None:
-        """What is wrong with the reply, now that it has ended."""
-        framing, answered = self.framing, self.thinking.answered
-        if failure and not (self.whole or framing.page):
-            return transport_error(failure, answered, timeout)
-        if self.error:
-            return self.error
-        if framing.cut_off and not self.whole:
-            cut_off = AutonomousError("the answer is incomplete: the reply ends within an event")
-            return cut_off if answered else not_understood(framing.cut_off)
-        if not (answered or called):
-            return self._empty()
-        if mentions_error(unknown := self.completion.not_understood):
-            return AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
-        return None
-
-    def _empty(self) -> AutonomousError:
-        """The error for a reply without an answer, which quotes what it held instead."""
-        framing, completion = self.framing, self.completion
-        value = completion.ignored if completion.not_understood is None else completion.not_understood
-        is_completion = completion.recognized or framing.ended
-        if (framing.stray or value is not None) and not (is_completion or mentions_error(value)):
-            return not_understood(framing.stray or as_json(value))
-        message = "the answer was empty"
-        if self.thinking.reasoned:
-            message += ", after some reasoning"
-        if reason := completion.envelope.get("finish_reason"):
-            message += f" (finish reason: {quoted(str(reason))})"
-        if value is not None:
-            message += f"; the reply was: {quoted(as_json(value))}"
-        correction = EMPTY_CORRECTION if self.new_results else None
-        return AutonomousError(message, outage=True, correction=correction)
-
-    def _native_calls(self) -> list[str]:
-        """The tool calls that came in OpenAI's own format, as the model is asked to write them.
-
-        A call of a tool that was not offered is noted as not understood.
-        """
-        written = []
-        for call in self.completion.calls:
-            value = {"name": call["name"], "arguments": call["arguments"] or {}}
-            if self.parser and call["name"] in self.parser.names:
-                written.append(tool_call(value))
-            elif self.completion.not_understood is None:
-                self.completion.not_understood = {"tool_calls": [value]}
-        return written
-
-    def _read(self, pieces: list[Any], end: bool = False) -> list[Any]:
-        """Find the tool calls. If there is a schema, keep the answer until it is complete and can be checked."""
-        reasoning = [piece for piece in pieces if not isinstance(piece, str)]
-        pieces = [piece for piece in pieces if isinstance(piece, str)]
-        self.written.writelines(pieces)
-        if self.parser:
-            pieces = self.parser.feed(pieces, end)
-            self.error = self.error or self.parser.error
-        if not self.validator:
-            return reasoning + pieces
-        if self.written.tell() > MAX_EVENT_BYTES:
-            self.error = self.error or too_large("an answer to a schema")
-        calls = [piece for piece in pieces if not isinstance(piece, str)]
-        if self.error or calls or not end:  # if there are calls, the answer comes in a later round
-            return reasoning + calls
-        try:
-            return [matching_json(self.written.getvalue(), self.validator)]
-        except AutonomousError as error:
-            self.error = error
-            return []
 
 
 def replace_surrogates(text: str) -> str:
@@ -1396,7 +1086,7 @@ def page_words(page: str) -> str:
 
     page = page[:MAX_PAGE_BYTES]
     # Without the limits, a page that repeats "<title" would take quadratic time.
-    found = re.search(r"<title[^>]{0,99}>([^<]{1,999})", page, re.IGNORECASE)
+    found = re.search(r"(?i)<title[^>]{0,99}>([^<]{1,999})", page)
     if found and (title := quoted(html.unescape(found[1]))):
         return f"answered with a web page titled: {title}"
     text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|\Z)|<!--.*?(-->|\Z)|<[^<>]*(>|\Z)", " ", page)
@@ -1408,12 +1098,9 @@ def error_words(body: object) -> str:
     """The message in an error body of any of the forms in PROTOCOL.md, or several, if they say different things."""
     found: list[str] = []
     for value in map(body.get, ("error", "errors", *MESSAGE_KEYS)) if isinstance(body, dict) else ():
-        words = (value.get("message") or value) if isinstance(value, dict) else value
-        if isinstance(words, list) and all(isinstance(word, str) for word in words):
-            words = "; ".join(words)
-        if words and not isinstance(words, (str, bool)) and not found:
-            return as_json(words)
-        if isinstance(words, str) and not any(words in known for known in found):
+        said = value.get("message") or value if isinstance(value, dict) else value
+        words = said if isinstance(said, str) else as_json(said)
+        if value and value is not True and not any(words in known for known in found):
             found = [known for known in found if known not in words] + [words]
     return ": ".join(found) or (body if isinstance(body, str) else as_json(body))
 
@@ -1430,8 +1117,8 @@ def reported_error(*places: dict[str, Any], message_suffices: bool = False) -> A
     """
     for place in places:
         message = any(isinstance(place.get(key), (str, list)) and place[key] for key in MESSAGE_KEYS)
-        code = next((place[key] for key in ("code", "status_code") if key in place), None)
-        failed = is_error_value(code) or (code is None and message_suffices)
+        code = place.get("code", place.get("status_code"))
+        failed = message_suffices if code is None else is_error_value(code)
         if is_error_value(place.get("error")) or is_error_value(place.get("errors")) or (message and failed):
             return AutonomousError(f"the service reports an error: {quoted(error_words(place))}")
     return None
@@ -1466,7 +1153,8 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
             words = error_words(json.loads(words))
         words = quoted(words)
     message = f"{status}: {words}" if words else status
-    retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
+    asked = reply.headers.get("retry-after", "")
+    retry_after = float(asked[:15]) if re.fullmatch(r"[0-9]+", asked) else None
     if retry_after is not None:
         message += f"; it asks to wait {retry_after:.0f} s"
     return AutonomousError(
@@ -1477,49 +1165,30 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
     )
 
 
-def parse_retry_after(value: str) -> float | None:
-    """Seconds to wait, by a ``Retry-After`` header, which has seconds or a date (RFC 9110, section 10.2.3)."""
-    if re.fullmatch(r"[0-9]+", value):
-        return float(value[:15])
-    try:
-        date = email.utils.parsedate_to_datetime(value)
-        return max(0.0, date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - time.time())
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-
-
-def transport_error(error: Exception, answered: bool, timeout: float, proxy: str = "") -> AutonomousError:
-    """The error for an exception from httpx or the libraries below it, and the ``proxy`` that had yet to connect."""
+def transport_error(error: Exception, answered: bool, timeout: float, proxy: str) -> AutonomousError:
+    """The error for an exception from httpx or the libraries below it."""
     import httpx
 
     if isinstance(error, AutonomousError):
         return error
-    reason, certificate = root_reason(error)
+    cause = root_cause(error)
+    reason = reason_of(cause) or f"no reason given ({type(cause).__name__})"
     silent = isinstance(error, httpx.TimeoutException)
     # With any other words, httpcore and h11 mean a malformed reply.
-    dropped = isinstance(error, httpx.NetworkError) or (
-        isinstance(error, httpx.RemoteProtocolError)
-        and str(error).startswith(("Server disconnected", "peer closed connection"))
-    )
+    dropped = isinstance(error, httpx.NetworkError) or str(error).startswith(("Server disconnected", "peer closed"))
     if answered:
         lost = f"silent for {timeout:g} s" if silent else "the connection was lost" if dropped else reason
         return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply", retryable=dropped)
-    if certificate:
-        return AutonomousError(
-            f"its certificate cannot be verified: {reason}. If a company proxy inspects TLS, set "
-            "SSL_CERT_FILE to the file with its certificate authority",
-            outage=True,
-        )
-    if proxy or isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
-        if silent:
-            reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
-        elif not isinstance(error, httpx.TransportError):  # httpcore lets socksio's exceptions through
-            reason = f"it does not answer as a SOCKS proxy ({reason})"
+    if hasattr(cause, "verify_code"):
+        advice = ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority"
+        message = f"its certificate cannot be verified: {reason}"
+        return AutonomousError(message + (advice if cause.verify_code in UNKNOWN_ISSUER else ""), outage=True)
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
         through = f" through the proxy {proxy}" if proxy else ""
+        words = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s" if silent else reason
         refusal = re.match(r"[0-9]{3}\b", reason)  # the status that an HTTP proxy answered with
-        passing = dropped or isinstance(error, (httpx.ConnectTimeout, httpx.ProxyError))
-        retryable = int(refusal[0]) in RETRY_STATUSES if refusal else passing
-        return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
+        retryable = not refusal or int(refusal[0]) in RETRY_STATUSES
+        return AutonomousError(f"cannot connect{through}: {words}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
     if dropped:
@@ -1529,24 +1198,37 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
     return AutonomousError(f"the request failed: {type(error).__name__}: {reason}")
 
 
-def root_reason(error: BaseException) -> tuple[str, bool]:
-    """What the operating system or OpenSSL said went wrong, and whether the certificate is to blame.
+# OpenSSL's codes for a certificate, or the last of a chain, that no known authority has signed.
+UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 
-    Only the innermost exception says "Connection refused". httpcore passes it on as the first argument of its own
-    exception, and anyio wraps it once more, as it tries all addresses of a host.
+
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost exception, as only that one says "Connection refused".
+
+    httpcore passes it on as the first argument of its own exception, and anyio as one of a group, in which each address
+    of the host has one.
     """
-    reason, certificate = str(error), False
-    cause: object = error
-    while isinstance(cause, BaseException):
-        if verify_message := getattr(cause, "verify_message", ""):
-            reason, certificate = verify_message, True
-        elif isinstance(cause, OSError) and cause.strerror:
-            # asyncio replaces the operating system's words with its own. Those of socket and ssl are better.
-            plain = type(cause).__module__ == "builtins"
-            reason = os.strerror(cause.errno) if plain and cause.errno else cause.strerror
-        group = getattr(cause, "exceptions", cause.args)
-        cause = cause.__cause__ or (group[0] if group else None)
-    return quoted(reason) or type(error).__name__, certificate
+    inner = getattr(error, "exceptions", error.args)
+    cause = error.__cause__ or (inner[0] if inner else None)
+    return root_cause(cause) if isinstance(cause, BaseException) else error
+
+
+def reason_of(cause: BaseException) -> str:
+    """What the operating system or OpenSSL says went wrong."""
+    if type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
+        return os.strerror(cause.errno)  # in place of which asyncio has words of its own
+    return quoted(getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause))
+
+
+def proxy_address(option: str | None, url: httpx.URL) -> str:
+    """Host and port of the proxy that requests for ``url`` go through, or nothing. A password is left out."""
+    import urllib.request
+
+    proxy = option
+    if not proxy and not urllib.request.proxy_bypass(url.host):
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(url.scheme) or proxies.get("all")
+    return quoted((proxy or "").rpartition("://")[2].rpartition("@")[2].partition("/")[0])
 
 
 # Retries: one prompt, and the attempts to get it answered
@@ -1570,15 +1252,13 @@ class Exchange:
         self.stream = stream
         self.proxy = options.proxy
         self.timeout = options.timeout or DEFAULT_TIMEOUT
+        self.connect_timeout = min(self.timeout, CONNECT_TIMEOUT)
         self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
         self.schema = prompt.schema = schema_of(prompt, conversation)  # also for the log of `llm`
         self.validator = schema_validator(self.schema) if self.schema else None
         self.new_results = bool(self.tools) and holds_new_results(prompt.messages)
         self.messages = self._messages(prompt, conversation)
-        url = endpoint_url(model.service.endpoint)
-        self.auth = (url.username, url.password) if url.userinfo else None
-        self.url = url.copy_with(userinfo=b"")  # httpx logs it, so it must not have the password
-        self.reuse = True  # connections of earlier prompts may be used
+        self.url = endpoint_url(model.service.endpoint)
         # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
         # would keep the connection open until the garbage collector runs.
         self.response: Any = weakref.proxy(response)
@@ -1601,36 +1281,25 @@ class Exchange:
 
     def attempts(self) -> Iterator[Attempt]:
         """One attempt after another, for as long as trying again may help. Raises the error of the last."""
-        attempt, limit = self.model.attempt_type(self), self.model.attempts
+        kind, limit = self.model.attempt_type, self.model.attempts
+        attempt = kind(self)
         while True:
             yield attempt
-            error = attempt.reply.error
+            error, number = attempt.error, attempt.number
             if error is None:
                 self._report(attempt)
                 return
-            checking = limit == 1  # only `llm autonomous check` asks for a single attempt
-            located = error.located(self.url, attempt.number, checking)
-            # What the next attempt is, unless a branch says otherwise.
-            number, wait, corrected = attempt.number + 1, None, attempt.corrected
-            if attempt.kept and error.retryable:  # the server had closed that connection: this does not count
-                step, number, self.reuse = "trying again on a new connection", attempt.number, False
-            elif error.correction and not corrected and number <= limit:
+            # Only `llm autonomous check` asks for a single attempt.
+            located = error.located(self.url, number, checking=limit == 1)
+            wait, corrected = 0.0, attempt.corrected
+            if error.correction and not corrected and number < limit:
                 step, corrected = "asking the model to correct it", attempt
-            elif not attempt.yielded and (wait := retry_wait(error, attempt.number, limit)) is not None:
-                step = f"trying again in {wait:.1f} s"
+            elif not attempt.yielded and (pause := retry_wait(error, number, limit)) is not None:
+                step, wait = f"trying again in {pause:.1f} s", pause
             else:
                 raise located from attempt.failure
             logger.info("%s; %s", located, step)
-            attempt = self.model.attempt_type(self, number, wait, corrected)
-
-    def body(self, corrected: Attempt | None) -> bytes:
-        """The request body: the prompt and, if an answer is to be corrected, that answer and what was wrong with it."""
-        messages = self.messages
-        if corrected and corrected.reply.error:
-            answer, correction = corrected.reply.written.getvalue(), corrected.reply.error.correction
-            said = [{"role": "assistant", "content": answer}] if answer.strip() else []
-            messages = [*messages, *said, {"role": "user", "content": correction}]
-        return build_body(self.model.service, messages, self.stream)
+            attempt = kind(self, number + 1, wait, corrected)
 
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
         """Tell `llm` to call a tool; the events keep the call in its place among the text."""
@@ -1640,23 +1309,24 @@ class Exchange:
 
     def _report(self, attempt: Attempt) -> None:
         """Pass on the metadata to `llm`, and warn the user if the answer may be cut short."""
-        reply, envelope = attempt.reply, attempt.reply.completion.envelope
+        completion, envelope = attempt.completion, attempt.completion.envelope
         self.response.response_json = {**envelope}
         if isinstance(model := envelope.get("model"), str):
             self.response.set_resolved_model(quoted(model))
         answers = [attempt.corrected, attempt] if attempt.corrected else [attempt]
-        usages = [answer.reply.completion.envelope.get("usage") for answer in answers]
+        usages = [answer.completion.envelope.get("usage") for answer in answers]
         if usages := [usage for usage in usages if isinstance(usage, dict)]:
             sent, received = (count_tokens(usages, key) for key in ("prompt_tokens", "completion_tokens"))
             details = {key: value for key, value in usages[-1].items() if key.endswith("_details")}
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
-        if (unknown := reply.completion.not_understood) is not None:
-            logger.warning("part of the reply was not understood; it begins: %s", quoted(as_json(unknown)))
+        if completion.not_understood is not None:
+            excerpt = quoted(as_json(completion.not_understood))
+            logger.warning("part of the reply was not understood; it begins: %s", excerpt)
         reason = quoted(str(envelope.get("finish_reason", "stop")))
         if not re.search(USUAL_FINISH_REASON, reason):
             limit = ": it reached the model's limit" if re.search("(?i)length|max|limit", reason) else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
-        elif not reply.whole:
+        elif not attempt.whole:
             logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
 
 
@@ -1683,119 +1353,162 @@ def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
 class Attempt:
     """One try: the request, and the reply as far as it has arrived. No I/O.
 
-    `execute` passes in the status and headers (`open`), then the bytes (`feed`) until they are `enough`, then any
-    exception that got in the way (`failure`), and finally the end (`close`).
+    `execute` passes in the status and headers (`open`), then the bytes (`feed`) until it is `done`, then any exception
+    that got in the way (`failure`), and finally the end (`close`). If something is wrong with the reply, it is left in
+    `error` after everything before it has been returned.
     """
 
     def __init__(
-        self, exchange: Exchange, number: int = 1, wait: float | None = None, corrected: Attempt | None = None
+        self, exchange: Exchange, number: int = 1, wait: float = 0.0, corrected: Attempt | None = None
     ) -> None:
-        import httpx
-
         self.exchange = exchange
         self.number = number  # from 1
         self.wait = wait  # seconds to wait before sending it
         self.corrected = corrected  # the attempt whose answer the model is asked to correct
-        self.connected = False  # a connection was opened for it
-        self.kept = False  # it was sent on an older connection, and no reply has begun
-        self.proxy = ""  # host and port of a proxy that has yet to connect
-        self.socks_stream: Any = None  # the connection to a SOCKS proxy
-        limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
-        extensions = {"timeout": limits.as_dict(), "trace": functools.partial(exchange.model.trace, self)}
-        self.request = httpx.Request(
-            "POST", exchange.url, headers=build_headers(), content=exchange.body(corrected), extensions=extensions
-        )
-        tools = exchange.tools
-        parser = ToolCallParser({tool.name for tool in tools}) if tools else None
-        self.reply = Reply(parser, exchange.validator, exchange.new_results)
+        self.framing = Framing()
+        self.completion = Completion()
+        self.thinking = Thinking()
+        self.parser = ToolCallParser({tool.name for tool in exchange.tools}) if exchange.tools else None
+        self.refusal: httpx.Response | None = None  # status and headers, if the status is not 2xx
+        self.beginning = b""  # of the body, to be quoted in an error
+        self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected
         self.yielded = False  # the user has seen some of the answer
+        self.deadline: float | None = None  # when to stop reading, by time.monotonic()
         self.failure: Exception | None = None
-        self.error_head: httpx.Response | None = None  # status and headers, if the status is not 2xx
-        self.error_body = b""  # the beginning of what follows them
-        self.coding = ""  # how the reply is compressed
-        self.read_timeout = exchange.timeout  # seconds to wait for the next bytes
-        self.deadline = 0.0  # when to stop reading, by time.monotonic(), if the answer is already complete
-        self.enough = False  # nothing that still arrives is worth reading
+        self.error: AutonomousError | None = None
 
-    def follow(self, event: str, info: dict[str, Any]) -> Any:
-        """Follow the request on its way, by the events of httpcore's ``trace`` extension.
+    def request(self) -> httpx.Request:
+        """The prompt and, if an answer is to be corrected, that answer and what was wrong with it."""
+        import httpx
 
-        They say whether it got a new connection, and which proxy has yet to connect. A stream is returned to be closed:
-        httpcore leaves it open after a SOCKS proxy has failed.
-        """
-        url, timeouts = self.exchange.url, self.request.extensions["timeout"]
-        if event.endswith(".connect_tcp.started"):
-            self.connected, peer = True, {"host": info["host"], "port": info["port"]}
-            self.proxy = "" if url.copy_with(**peer) == url else url.copy_with(scheme="proxy", **peer).netloc.decode()
-        elif event == "socks.setup_socks5_connection.started":
-            # httpcore reads a SOCKS proxy's replies without a timeout. To all that it reads later, it gives one itself.
-            self.socks_stream = info["stream"]
-            self.socks_stream.read = functools.partial(info["stream"].read, timeout=timeouts["connect"])
-        elif event == "socks.setup_socks5_connection.failed":
-            return self.socks_stream
-        elif event == "http11.send_request_headers.started" and info["request"].method == b"CONNECT":
-            timeouts["read"] = timeouts["connect"]
-        elif event.endswith((".send_request_headers.started", "socks.start_tls.started", "proxy.start_tls.started")):
-            self.proxy, timeouts["read"] = "", self.exchange.timeout
-            self.kept = not self.connected
-            if self.kept and not self.exchange.reuse:
-                import httpcore
+        exchange, messages = self.exchange, self.exchange.messages
+        if self.corrected and self.corrected.error:
+            answer, correction = self.corrected.written.getvalue(), self.corrected.error.correction
+            said = [{"role": "assistant", "content": answer}] if answer.strip() else []
+            messages = [*messages, *said, {"role": "user", "content": correction}]
+        body = build_body(exchange.model.service, messages, exchange.stream)
+        limits = httpx.Timeout(exchange.timeout, connect=exchange.connect_timeout, pool=None)
+        extensions = {"timeout": limits.as_dict()}
+        return httpx.Request("POST", exchange.url, headers=build_headers(), content=body, extensions=extensions)
 
-                raise httpcore.ConnectionNotAvailable  # httpcore closes this connection and takes another
-        return None
+    @property
+    def whole(self) -> bool:
+        """Whether the answer is complete, so that losing the connection does no harm."""
+        return self.completion.whole or self.framing.ended or self._calls_only
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing that still arrives is worth reading."""
+        page_read = self.refusal is not None and len(self.beginning) == MAX_PAGE_BYTES
+        return self.error is not None or page_read or self._calls_only
+
+    @property
+    def _calls_only(self) -> bool:
+        """Whether the model goes on to make up the results of its calls."""
+        return self.parser is not None and self.parser.finished
 
     def open(self, head: httpx.Response) -> None:
         """Take the status and headers of the reply."""
-        self.kept = False
-        self.request.extensions.pop("trace")  # so that no cycle of references holds the attempt
-        if not head.is_success:
-            self.error_head = head
-            self._read_on(ERROR_BODY_TIMEOUT)
-        named = head.headers.get("content-encoding", "")
-        codings = [found[0].removeprefix("x-") for found in re.finditer(CODINGS, named.lower())]
-        if codings not in ([], ["gzip"], ["deflate"]):
-            # We did not ask for it, and one compression inside another can expand to terabytes.
-            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
-        self.coding = "".join(codings)
+        self.refusal = None if head.is_success else head
+        coding = head.headers.get("content-encoding", "")
+        if "," in coding:  # one compression inside another can expand to terabytes
+            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(coding)}")
 
-    def feed(self, data: bytes) -> list[Any]:
+    def feed(self, data: bytes) -> list[str | StreamEvent]:
         """Take the next bytes of the reply, and return the pieces of the answer that they complete."""
-        if self.error_head:
-            self.error_body += data[: MAX_PAGE_BYTES - len(self.error_body)]
-            self.enough = len(self.error_body) == MAX_PAGE_BYTES
-            self._read_on(ERROR_BODY_TIMEOUT)
-            return []
-        reply = self.reply
-        pieces = reply.feed(data)
-        if reply.error:
-            self.enough = True
-        elif reply.whole:
-            # Reading on to the end keeps the connection alive for the next prompt, and may bring the usage. It is not
-            # worth waiting long for.
-            self._read_on(DRAIN_TIMEOUT if reply.ended else FINISH_TIMEOUT, restart=bool(pieces))
-        else:
-            self.read_timeout, self.deadline = self.exchange.timeout, 0.0
-        # Calls come out in `close`. Joined, the texts are less work for `llm`.
-        if len(pieces) > 1 and all(isinstance(piece, str) for piece in pieces):
-            pieces = ["".join(pieces)]
-        return self._out(pieces)
-
-    def _read_on(self, seconds: float, restart: bool = False) -> None:
-        """Read on for at most ``seconds`` from the first call with this limit or, with ``restart``, from now."""
-        seconds = min(seconds, self.exchange.timeout)
-        if restart or seconds != self.read_timeout or not self.deadline:
-            self.read_timeout, self.deadline = seconds, time.monotonic() + seconds
-        elif time.monotonic() > self.deadline:
-            self.enough = True
+        limit = MAX_PAGE_BYTES if self.refusal else MAX_BEGINNING
+        self.beginning += data[: limit - len(self.beginning)]
+        return self._out(self._read(data))
 
     def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
-        failure, timeout = self.failure, self.exchange.timeout
-        if self.error_head:
-            failure = status_error(self.error_head, self.error_body)
-        elif failure and self.proxy:
-            failure = transport_error(failure, False, timeout, self.proxy)
-        return self._out(self.reply.close(failure, timeout))
+        pieces: list[Any] = []
+        if not self.error:  # an error that came before the end is more telling than what is found now
+            pieces = self._read(b"", end=True)
+            self.error = self._problem()
+        if not self.error:
+            pieces += self._parse([], end=True)
+        return self._out(pieces)
+
+    def time_left(self, timeout: float) -> float:
+        """Seconds to wait for more bytes: ``timeout`` or, once the answer is whole, what is left of `END_TIMEOUT`.
+
+        Reading on to the end keeps the connection alive for the next prompt, and may bring the usage. It is not worth
+        waiting long for.
+        """
+        if not self.whole:
+            return timeout
+        now = time.monotonic()
+        if self.deadline is None:
+            self.deadline = now + END_TIMEOUT
+        if self.deadline <= now:
+            raise TimeoutError("the answer is complete, but the reply does not end")
+        return min(timeout, self.deadline - now)
+
+    def _read(self, data: bytes, end: bool = False) -> list[Any]:
+        """The text, reasoning and tool calls completed by ``data`` or by the ``end`` of the reply."""
+        if self.refusal or self.error:
+            return []
+        values = self.framing.feed(data, end)
+        end = end or self.framing.ended
+        pieces: list[Any] = self.thinking.feed(self.completion.feed(values), end) if values or end else []
+        self.error = self.completion.error or self.framing.error
+        if not pieces:
+            return []
+        self.deadline = None  # the answer goes on
+        return self._parse(pieces)
+
+    def _parse(self, pieces: list[Any], end: bool = False) -> list[Any]:
+        """Find the tool calls. If there is a schema, keep the answer until it is complete and can be checked."""
+        validator = self.exchange.validator
+        if not (self.parser or validator):
+            return pieces
+        reasoning = [piece for piece in pieces if not isinstance(piece, str)]
+        pieces = [piece for piece in pieces if isinstance(piece, str)]
+        self.written.writelines(pieces)
+        if self.parser:
+            pieces = self.parser.feed(pieces, end)
+            self.error = self.error or self.parser.error
+        if not validator:
+            return reasoning + pieces
+        if self.written.tell() > MAX_EVENT_BYTES:
+            self.error = self.error or too_large("an answer to a schema")
+        calls = [piece for piece in pieces if not isinstance(piece, str)]
+        if self.error or calls or not end:  # if there are calls, the answer comes in a later round
+            return reasoning + calls
+        try:
+            return [matching_json(self.written.getvalue(), validator)]
+        except AutonomousError as error:
+            self.error = error
+            return []
+
+    def _problem(self) -> AutonomousError | None:
+        """What is wrong with the reply, now that it has ended. The most telling comes first."""
+        unknown, answered = self.completion.not_understood, self.thinking.answered
+        if self.refusal:
+            return status_error(self.refusal, self.beginning)
+        if self.failure and not (self.whole or self.framing.page):
+            proxy = proxy_address(self.exchange.proxy, self.exchange.url)
+            return transport_error(self.failure, answered, self.exchange.timeout, proxy)
+        if self.error:
+            return self.error
+        if answered and self.framing.cut_off and not self.whole:
+            return AutonomousError("the answer is incomplete: the reply ends within an event")
+        if answered and mentions_error(unknown):
+            return AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
+        if answered:
+            return None
+        if unknown is not None or self.framing.cut_off:
+            return not_understood(self.framing.cut_off or as_json(unknown))
+        message = "the answer was empty"
+        if self.thinking.reasoned:
+            message += ", after some reasoning"
+        if reason := self.completion.envelope.get("finish_reason"):
+            message += f" (finish reason: {reason})"
+        if beginning := self.beginning.strip().decode("utf-8", "replace"):
+            message += f"; the reply begins: {beginning}"
+        correction = EMPTY_CORRECTION if self.exchange.new_results else None
+        return AutonomousError(quoted(message), outage=True, correction=correction)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1809,70 +1522,36 @@ class Attempt:
         return out
 
 
-# Connections: kept from prompt to prompt, because a client takes 30 ms to make, and a connection a TLS handshake
+# Connections: kept from prompt to prompt, because each costs a TLS handshake
 
-ClientKey = tuple[Any, ...]
+
+class ClientKey(NamedTuple):
+    """Everything that decides which client can send a prompt."""
+
+    process: int  # a forked child makes its own clients, and never closes those of its parent
+    loop: asyncio.AbstractEventLoop | None  # of an async client
+    proxy: str | None
+    environment: tuple[str | None, ...]
+
+
+class AsyncClient(NamedTuple):
+    """An async client, and what its event loop needs to share it."""
+
+    http: httpx.AsyncClient
+    # Prompts wait for their turn here. In httpcore's own queue, each would cost as much time as there are others, and a
+    # SOCKS connection that is cancelled while it is made would take a place for ever.
+    turns: asyncio.Semaphore
+    life: AsyncGenerator[httpx.AsyncClient, None]
+
 
 _locks: dict[int, threading.Lock] = {}  # by process: if a lock is held during a fork, the child never gets it
-_ssl_contexts: dict[ClientKey, ssl.SSLContext] = {}
 _clients: dict[ClientKey, httpx.Client] = {}
-_pools: dict[Pool, None] = {}  # an ordered set, of the pools of all event loops
+_async_clients: dict[ClientKey, AsyncClient] = {}
 
 
-def client_key(proxy: str | None) -> ClientKey:
-    """Everything that decides which client can send a prompt: the process, the proxy and the environment."""
-    return (os.getpid(), proxy, *map(os.environ.get, (*PROXY_VARIABLES, *CERTIFICATE_VARIABLES)))
-
-
-def new_client(kind: Callable[..., Any], key: ClientKey) -> Any:
-    """An httpx client. Certificates are loaded once for all clients, and always verified.
-
-    httpx reads the proxy settings from the environment itself, but only if it is not given a transport.
-    """
-    import httpx
-
-    proxy, certificates = key[1], key[-len(CERTIFICATE_VARIABLES) :]
-    logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # at DEBUG it logs the proxy's password
-    try:
-        context = _ssl_contexts.get(certificates)
-        if context is None:
-            context = _ssl_contexts[certificates] = httpx.create_ssl_context()
-        return kind(
-            verify=context,
-            # To httpx the two are the same, but before 0.28 it rejects socks5h.
-            proxy=proxy.replace("socks5h://", "socks5://", 1) if proxy else None,
-            limits=httpx.Limits(max_keepalive_connections=POOL_SIZE, keepalive_expiry=KEEPALIVE),
-            event_hooks={"response": [quote_location if kind is httpx.Client else quote_location_async]},
-        )
-    except OSError as error:
-        reason, _ = root_reason(error)
-        message = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded: {reason}"
-        raise AutonomousError(message) from error
-    except ImportError:
-        message = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
-        raise AutonomousError(message) from None
-    except (ValueError, httpx.InvalidURL):
-        # Neither quote httpx nor chain its exception: both may contain a password.
-        urls = {name: os.environ.get(name) for name in PROXY_VARIABLES[:-2]}
-        bad = [name for name, url in urls.items() if url and not is_proxy_url(url if "://" in url else f"http://{url}")]
-        if proxy or bad:
-            message = "the proxy, from -o proxy or the environment, is not a proxy URL: look at "
-            raise AutonomousError(message + ("-o proxy" if proxy else bad[0])) from None
-        raise AutonomousError("NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1") from None
-
-
-def quote_location(head: httpx.Response) -> None:
-    """Escape a ``Location`` that is not a URL. httpx parses it and would raise, although no redirect is followed."""
-    import httpx
-
-    try:
-        httpx.URL(head.headers.get("location", ""))
-    except httpx.InvalidURL:
-        head.headers["location"] = quote(head.headers["location"])
-
-
-async def quote_location_async(head: httpx.Response) -> None:
-    quote_location(head)
+def client_key(proxy: str | None, loop: asyncio.AbstractEventLoop | None = None) -> ClientKey:
+    names = (*PROXY_VARIABLES, *CERTIFICATE_VARIABLES)
+    return ClientKey(os.getpid(), loop, proxy, tuple(os.environ.get(name) for name in names))
 
 
 def sync_client(proxy: str | None) -> httpx.Client:
@@ -1882,125 +1561,149 @@ def sync_client(proxy: str | None) -> httpx.Client:
     key = client_key(proxy)
     with _locks.setdefault(os.getpid(), threading.Lock()):
         if key not in _clients:
-            _clients[key] = new_client(httpx.Client, key)
-            atexit.register(_close_client, os.getpid(), _clients[key])
+            _clients[key] = new_client(httpx.Client, proxy)
+            atexit.register(_close_client, key)
         return _clients[key]
 
 
-def _close_client(pid: int, client: httpx.Client) -> None:
-    if pid == os.getpid():  # a child process must not close its parent's connections
-        client.close()
+def _close_client(key: ClientKey) -> None:
+    if key in _clients and key.process == os.getpid():
+        _clients.pop(key).close()
 
 
-class Pool:
-    """An async client, which is one connection pool, and a count of the prompts using it (``async with``)."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, key: ClientKey) -> None:
-        import httpx
-
-        self.loop = loop
-        self.key = key
-        self.client: httpx.AsyncClient = new_client(httpx.AsyncClient, key)
-        self.in_flight = 0
-        self.idle_since = 0.0
-        self.life = self._live()
-
-    async def _live(self) -> AsyncGenerator[None, None]:
-        # When an event loop shuts down, it closes every async generator that was started in it. There is no other way
-        # to learn of it in time to close the client.
-        _pools[self] = None
-        try:
-            yield
-        finally:
-            _pools.pop(self, None)
-            # A child process must not close its parent's connections. And a loop that never shut down, as nest_asyncio
-            # leaves its own, no longer runs at the end of the process, so it cannot close anything.
-            if self.key[0] == os.getpid() and self.loop.is_running():
-                await self.client.aclose()
-
-    async def __aenter__(self) -> httpx.AsyncClient:
-        self.in_flight += 1
-        return self.client
-
-    async def __aexit__(self, *exception: object) -> None:
-        self.in_flight -= 1
-        self.idle_since = time.monotonic()
-
-
-async def take_pool(proxy: str | None) -> Pool:
-    """A pool of the running event loop with room for another prompt.
-
-    One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
-    the others.
-    """
+async def async_client(proxy: str | None) -> AsyncClient:
+    """The client of the running event loop for ``proxy``, made when it is first needed."""
     import asyncio
 
-    loop, key = asyncio.get_running_loop(), client_key(proxy)
-    for pool in [*_pools]:
-        if pool.loop.is_closed():  # without having shut down
-            _pools.pop(pool, None)
-    pools = [pool for pool in [*_pools] if (pool.loop, pool.key) == (loop, key)]
-    for pool in pools[1:]:
-        if not pool.in_flight and pool.idle_since < time.monotonic() - KEEPALIVE and pool in _pools:
-            await pool.life.aclose()
-    for pool in pools:
-        if pool.in_flight < POOL_SIZE and pool in _pools:
-            return pool
-    pool = Pool(loop, key)
-    await anext(pool.life)
-    return pool
+    key = client_key(proxy, asyncio.get_running_loop())
+    if key not in _async_clients:
+        for old in [*_async_clients]:
+            if old.loop and old.loop.is_closed():  # without having shut down
+                _async_clients.pop(old, None)
+        life = _live(key)
+        _async_clients[key] = AsyncClient(await anext(life), asyncio.Semaphore(MAX_CONNECTIONS), life)
+    return _async_clients[key]
+
+
+async def _live(key: ClientKey) -> AsyncGenerator[httpx.AsyncClient, None]:
+    """Makes an async client, and closes it when its event loop shuts down.
+
+    A loop then closes every async generator that was started in it. There is no other way to learn of it in time.
+    """
+    import httpx
+
+    client: httpx.AsyncClient = new_client(httpx.AsyncClient, key.proxy)
+    try:
+        yield client
+    finally:
+        _async_clients.pop(key, None)
+        # A loop that never shut down, as nest_asyncio leaves its own, no longer runs at the end of the process.
+        if key.process == os.getpid() and key.loop and key.loop.is_running():
+            await client.aclose()
+
+
+def new_client(kind: Callable[..., Any], proxy: str | None) -> Any:
+    """An httpx client, which reads proxy settings from the environment itself if it is given none."""
+    import httpx
+
+    logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # at DEBUG it logs the proxy's password
+    try:
+        return kind(
+            verify=ssl_context(*map(os.environ.get, CERTIFICATE_VARIABLES)),
+            proxy=proxy.replace("socks5h://", "socks5://", 1) if proxy else None,
+            limits=httpx.Limits(max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE),
+        )
+    except OSError as error:
+        reason = reason_of(error)
+        message = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded: {reason}"
+        raise AutonomousError(message) from error
+    except ImportError:
+        message = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
+        raise AutonomousError(message) from None
+    except (ValueError, httpx.InvalidURL):
+        # Neither quote httpx nor chain its exception: both may contain a password.
+        raise AutonomousError(proxy_problem()) from None
+
+
+@functools.cache
+def ssl_context(*certificates: str | None) -> ssl.SSLContext:
+    """What verifies certificates. Loading them takes 30 ms, so it is done once for each setting of the environment."""
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
+def proxy_problem() -> str:
+    """What is wrong with the proxy settings of the environment."""
+    for name in PROXY_VARIABLES:
+        url = os.environ.get(name, "")
+        if url and "no_proxy" not in name.lower() and not is_proxy_url(url if "://" in url else f"http://{url}"):
+            return f"{name} is not a proxy URL"
+    return "NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1"
 
 
 # What moves the bytes
 
 
-def read_sync(head: httpx.Response, attempt: Attempt) -> Iterator[bytes]:
-    """The body of a reply. The attempt's `read_timeout` says how long to wait for each piece of it.
+@contextlib.contextmanager
+def limited(head: httpx.Response, attempt: Attempt) -> Iterator[None]:
+    """Let the attempt say how long to wait for each part of the reply.
 
-    httpcore looks up the timeout when iterating over a body begins, and iterating can begin again in the middle. So
-    that is how to change it, for this request alone.
+    httpcore looks up the timeout of a request only once, but passes it to the stream each time that it reads: sync or
+    async, by ``stream.read(max_bytes, timeout)``. A reply that a test made up has no stream.
     """
-    started = []  # all of them are kept: one that is dropped before its end would close the connection
-    live = "network_stream" in head.extensions  # a reply that a test made up would start again at its beginning
-    while True:
-        limit = attempt.request.extensions["timeout"]["read"] = attempt.read_timeout
-        started.append(iter(cast("httpx.SyncByteStream", head.stream)))
-        for data in started[-1]:
-            yield data
-            if attempt.read_timeout != limit and live:
-                break
-        else:
-            return
+    stream = head.extensions.get("network_stream")
+    if stream is None:
+        yield
+        return
+    read = stream.read
+
+    def read_limited(max_bytes: int, timeout: float) -> Any:
+        # At the end of a reply, httpx gives its connection to another prompt before this one hears of the end.
+        return read(max_bytes, timeout=timeout if head.is_closed else attempt.time_left(timeout))
+
+    stream.read = read_limited
+    try:
+        yield
+    finally:
+        if stream.read is read_limited:
+            del stream.read
 
 
-class AsyncBody:
-    """The same for async. No generator: see `AsyncAutonomous.execute`.
+class SocksHandshake:
+    """Limits the time that a SOCKS proxy has to connect. httpcore itself would wait for its replies for ever.
 
-    A wait is limited by anyio, as in httpcore, which shields the closing of a connection from anyio's cancellation
-    only. asyncio's could interrupt it, and the connection would stay in the pool for ever.
+    httpcore reports each step to the ``trace`` extension of a request: a function or, for async, a coroutine function.
     """
 
-    def __init__(self, head: httpx.Response, attempt: Attempt) -> None:
-        self.pieces = aiter(cast("httpx.AsyncByteStream", head.stream))
-        self.attempt = attempt
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.stream: Any = None  # the connection to the proxy
 
-    def __aiter__(self) -> AsyncBody:
-        return self
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        if error := self._error(event, info):
+            self.stream.close()  # httpcore leaves it open
+            raise error
 
-    async def __anext__(self) -> bytes:
-        import anyio  # which comes with httpx
+    async def trace_async(self, event: str, info: dict[str, Any]) -> None:
+        if error := self._error(event, info):
+            await self.stream.aclose()
+            raise error
 
-        if self.attempt.read_timeout == self.attempt.exchange.timeout:  # httpcore limits it itself
-            return await anext(self.pieces)
-        with anyio.fail_after(self.attempt.read_timeout):
-            return await anext(self.pieces)
+    def _error(self, event: str, info: dict[str, Any]) -> BaseException | None:
+        """What the handshake has failed with, if it has."""
+        import httpcore
 
-
-def unpack(coding: str, body: Any) -> httpx.Response:
-    """A response whose `iter_bytes` or `aiter_bytes` decompresses ``body``."""
-    import httpx
-
-    return httpx.Response(200, headers={"content-encoding": coding}, content=body)
+        if event == "socks.setup_socks5_connection.started":
+            self.stream = info["stream"]
+            self.stream.read = functools.partial(self.stream.read, timeout=self.timeout)
+        if event != "socks.setup_socks5_connection.failed":
+            return None
+        error: BaseException = info["exception"]
+        if isinstance(error, httpcore.TimeoutException):
+            return httpcore.ConnectTimeout()
+        known = isinstance(error, httpcore.ProxyError) or not isinstance(error, Exception)
+        return error if known else httpcore.ProxyError("it does not answer as a SOCKS proxy")
 
 
 class _Shared:
@@ -2010,23 +1713,17 @@ class _Shared:
     supports_tools = True
     supports_schema = True
     Options = AutonomousOptions
-    trace: Callable[..., Any]
+    attempts = ATTEMPTS
+    attempt_type: type[Attempt] = Attempt
 
-    def __init__(self, service: ServiceModel, attempts: int = ATTEMPTS, attempt_type: type[Attempt] = Attempt) -> None:
+    def __init__(self, service: ServiceModel) -> None:
         self.service = service
         self.model_id = service.model_id
         self.attachment_types: set[str] | frozenset[str] = service.attachment_types
-        self.attempts = attempts
-        self.attempt_type = attempt_type
 
 
 class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Options class
     """A model of the service, as `llm.get_model` gives it."""
-
-    @staticmethod
-    def trace(attempt: Attempt, event: str, info: dict[str, Any]) -> None:
-        if stream := attempt.follow(event, info):
-            stream.close()
 
     def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
@@ -2034,15 +1731,16 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
         exchange = Exchange(self, prompt, stream, response, conversation)
         client = sync_client(exchange.proxy)
         for attempt in exchange.attempts():
-            if attempt.wait is not None:
+            if attempt.wait:
                 time.sleep(attempt.wait)
             try:
-                with contextlib.closing(client.send(attempt.request, auth=exchange.auth, stream=True)) as head:
+                request = attempt.request()
+                request.extensions["trace"] = SocksHandshake(exchange.connect_timeout).trace
+                with contextlib.closing(client.send(request, stream=True)) as head, limited(head, attempt):
                     attempt.open(head)
-                    body = read_sync(head, attempt)
-                    for data in unpack(attempt.coding, body).iter_bytes() if attempt.coding else body:
+                    for data in head.iter_bytes():
                         yield from attempt.feed(data)
-                        if attempt.enough:
+                        if attempt.done:
                             break
             except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
                 attempt.failure = failure
@@ -2051,11 +1749,6 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
 
 class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
     """A model of the service, as `llm.get_async_model` gives it."""
-
-    @staticmethod
-    async def trace(attempt: Attempt, event: str, info: dict[str, Any]) -> None:
-        if stream := attempt.follow(event, info):
-            await stream.aclose()
 
     async def execute(
         self,
@@ -2070,20 +1763,23 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         del response, conversation  # see the weak reference in Exchange
         # When an event loop shuts down, it closes all async generators at once, and reports an error if two of them try
         # to close each other. So this has to be the only one, apart from those of httpx.
-        async with await take_pool(exchange.proxy) as client:
+        client = await async_client(exchange.proxy)
+        async with client.turns:
             for attempt in exchange.attempts():
-                if attempt.wait is not None:
+                if attempt.wait:
                     await asyncio.sleep(attempt.wait)
                 try:
-                    head = await client.send(attempt.request, auth=exchange.auth, stream=True)
+                    request = attempt.request()
+                    request.extensions["trace"] = SocksHandshake(exchange.connect_timeout).trace_async
+                    head = await client.http.send(request, stream=True)
                     async with contextlib.aclosing(head):
-                        attempt.open(head)
-                        body = AsyncBody(head, attempt)
-                        async for data in unpack(attempt.coding, body).aiter_bytes() if attempt.coding else body:
-                            for piece in attempt.feed(data):
-                                yield piece
-                            if attempt.enough:
-                                break
+                        with limited(head, attempt):
+                            attempt.open(head)
+                            async for data in head.aiter_bytes():
+                                for piece in attempt.feed(data):
+                                    yield piece
+                                if attempt.done:
+                                    break
                 except Exception as failure:
                     attempt.failure = failure
                 for piece in attempt.close():
@@ -2146,37 +1842,30 @@ def check(
 
 
 class ShownAttempt(Attempt):
-    """An attempt that shows on standard error everything that is sent and received, except passwords."""
+    """An attempt that shows on standard error everything that is sent and received."""
 
-    def __init__(self, exchange: Exchange, *made_by: Any) -> None:
-        super().__init__(exchange, *made_by)
-        self.start = time.perf_counter()
-        request, messages = self.request, json.loads(base64.b64decode(json.loads(self.request.content)["messages"]))
-        self.show(">", f"{request.method} {request.url.raw_path.decode()} HTTP/1.1".encode())
-        self.show_headers(">", request.headers)
-        if exchange.auth:
-            self.show(">", b"Authorization: (the user name and password of the URL)")
-        self.show(">", request.content)
-        self.show(">", b"the messages in it: " + json.dumps(messages).encode())
+    def request(self) -> httpx.Request:
+        self.start, request = time.perf_counter(), super().request()
+        messages = base64.b64decode(json.loads(request.content)["messages"])
+        self.show(">", b"POST %b HTTP/1.1" % request.url.raw_path, *map(b": ".join, request.headers.raw))
+        self.show(">", request.content, b"the messages in it: " + messages)
+        return request
 
-    def show(self, sign: str, data: bytes) -> None:
-        click.echo(f"{time.perf_counter() - self.start:8.3f} s {sign} {repr(data)[2:-1]}", err=True)
-
-    def show_headers(self, sign: str, headers: httpx.Headers) -> None:
-        for name, value in headers.raw:
-            self.show(sign, name + b": " + value)
+    def show(self, sign: str, *lines: bytes) -> None:
+        for line in lines:
+            click.echo(f"{time.perf_counter() - self.start:8.3f} s {sign} {repr(line)[2:-1]}", err=True)
 
     def open(self, head: httpx.Response) -> None:
-        self.show("<", f"{head.http_version} {head.status_code} {head.reason_phrase}".encode())
-        self.show_headers("<", head.headers)
+        status = f"{head.http_version} {head.status_code} {head.reason_phrase}"
+        self.show("<", status.encode(), *map(b": ".join, head.headers.raw))
         super().open(head)
 
-    def feed(self, data: bytes) -> list[Any]:
+    def feed(self, data: bytes) -> list[str | StreamEvent]:
         self.show("<", data)
         return super().feed(data)
 
-    def close(self) -> list[Any]:
-        end = root_reason(self.failure)[0] if self.failure else "stopped reading" if self.enough else "the end"
+    def close(self) -> list[str | StreamEvent]:
+        end = reason_of(root_cause(self.failure)) if self.failure else "stopped reading" if self.done else "the end"
         self.show("!", end.encode())
         return super().close()
 
@@ -2188,13 +1877,11 @@ async def _check(
     import asyncio
 
     urls = {service: endpoint_url(service.endpoint) for service in services}
-    width = max(len(service.model_id) for service in SERVICE_MODELS)
 
     async def ask(service: ServiceModel) -> dict[str, Any]:
         row: dict[str, Any] = {"model": service.model_id, "endpoint": service.endpoint, "ok": False}
-        start = time.perf_counter()
-
-        model = AsyncAutonomous(service, attempts=1, attempt_type=ShownAttempt if raw else Attempt)
+        start, model = time.perf_counter(), AsyncAutonomous(service)
+        model.attempts, model.attempt_type = 1, ShownAttempt if raw else Attempt
 
         async def read() -> None:
             async for _ in model.prompt("Reply with one word: OK", options=options):
@@ -2210,7 +1897,7 @@ async def _check(
             row["error"] = late.located(urls[service], checking=True).message
         if show:
             result = f"ok, {row['seconds']:.2f} s" if row["ok"] else row["error"]
-            click.echo(f"{service.model_id:<{width}} : {service.endpoint:<11} : {result}")
+            click.echo(f"{service.model_id:<21} : {service.endpoint:<11} : {result}")
         return row
 
     if show and sys.stderr.isatty():

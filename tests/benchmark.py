@@ -462,6 +462,7 @@ class Benchmark:
 
     def growth(self) -> Iterator[Row]:
         import llm
+        from conftest import new_attempt
         from llm.parts import TextPart
 
         import llm_autonomous
@@ -493,7 +494,7 @@ class Benchmark:
             body = frame % (b"x" * (size - len(frame)))
 
             def work() -> None:
-                decoder = llm_autonomous.Reply()
+                decoder = new_attempt()
                 deltas = [text for n in range(0, len(body), 1024) for text in decoder.feed(body[n : n + 1024])]
                 assert len("".join(deltas)) > 0.99 * size
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import gc
 import itertools
 import os
 import select
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import httpcore
 import llm
 import pytest
 from click.testing import CliRunner
@@ -27,7 +29,7 @@ from llm.parts import Message, TextPart
 from loopback import Loopback, environment
 
 import llm_autonomous
-from llm_autonomous import AutonomousError
+from llm_autonomous import Attempt, AutonomousError, Exchange
 
 NOWHERE = "http://127.0.0.1:1"
 DEADLINE = 60  # seconds, by which a command has ended unless it hangs
@@ -96,6 +98,12 @@ def ask(request: pytest.FixtureRequest) -> Ask:
     if request.param == "sync":
         return ask_sync
     return lambda *args, **kwargs: asyncio.run(ask_async(*args, **kwargs))
+
+
+def new_attempt(model: str = "autonomous-llama", **kwargs: Any) -> Attempt:
+    """An attempt that is not sent: it reads the reply that a test gives it."""
+    response = get_model(model).prompt("hi", **kwargs)
+    return Attempt(Exchange(response.model, response.prompt, True, response, None))
 
 
 @dataclass
@@ -172,6 +180,18 @@ def ctrl_c() -> None:
 numbers = itertools.count()
 
 
+def close_connections() -> None:
+    """Close the connections that sync prompts keep for the next one. Those of async prompts end with their loop."""
+    for key in [*llm_autonomous._clients]:
+        llm_autonomous._close_client(key)
+
+
+def pools() -> list[Any]:
+    """All connection pools of this process, known to a client or not."""
+    kinds = (httpcore.ConnectionPool, httpcore.AsyncConnectionPool)
+    return [found for found in gc.get_objects() if type(found) in kinds]
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No proxies, no user's settings, no coverage of processes, and no connection of an earlier test."""
@@ -181,9 +201,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     # Only named: `llm` makes it where it is needed, and `mktemp` would look through the folders of all tests before.
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path_factory.getbasetemp() / f"llm{next(numbers)}"))
     yield
-    for client in llm_autonomous._clients.values():
-        client.close()
-    llm_autonomous._clients.clear()
+    close_connections()
 
 
 @pytest.fixture

@@ -409,14 +409,11 @@ def test_raw_of_a_refused_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_raw_shows_no_password(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither that of the URL nor that of a proxy, as they are or in Base64."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url.replace("//", "//me:secret@"))
+    """Not that of a proxy, as it is or in Base64."""
     with Proxy() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url_for("you:hidden"))
-        result, shown = raw("-m", "autonomous-llama")
+        result, _ = raw("-m", "autonomous-llama")
         assert proxy.credentials == {"you:hidden"}
     assert result.exit_code == 0
-    assert "authorization" in server.last.headers
-    for secret in ("secret", "hidden", "bWU6c2VjcmV0", "eW91OmhpZGRlbg"):
+    for secret in ("hidden", "eW91OmhpZGRlbg"):
         assert secret not in result.output + result.stderr
-    assert any(text.startswith("Authorization: ") for _, text in shown)

@@ -274,8 +274,8 @@ def test_a_broken_environment_breaks_no_other_command() -> None:
     ("variable", "words"),
     [
         ("AUTONOMOUS_BASE_URL", "AUTONOMOUS_BASE_URL must be an http:// or https:// URL"),
-        ("HTTPS_PROXY", "the proxy, from -o proxy or the environment, is not a proxy URL"),
-        ("ALL_PROXY", "the proxy, from -o proxy or the environment, is not a proxy URL"),
+        ("HTTPS_PROXY", "HTTPS_PROXY is not a proxy URL"),
+        ("ALL_PROXY", "ALL_PROXY is not a proxy URL"),
         ("SSL_CERT_FILE", "the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded"),
     ],
 )

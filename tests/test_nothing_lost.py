@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from llm.parts import ReasoningPart, TextPart
 from loopback import DONE, Loopback, delta, event, say
 from test_schemas import CLEO, DOG
-from test_tools import NOW_TAG, add, now, texts
+from test_tools import NOW_TAG, now, texts
 
 MORE_EXAMPLES = os.environ.get("LLM_AUTONOMOUS_EXAMPLES")
 STOP = delta(finish_reason="stop")
 ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
 NOT_UNDERSTOOD = "part of the reply was not understood"
-EMPTY = ("the answer was empty", "; the reply was: ")  # between them may stand the finish reason
+FOREIGN_ALONE = "the reply was not understood; it begins: "
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
@@ -74,11 +74,6 @@ def counted(*pieces: str | None, start: int = 0) -> list[dict[str, Any]]:
     return [*chunks, choice({}, "stop", index=start + len(pieces))]
 
 
-def choices(texts: str, *indices: int) -> list[dict[str, Any]]:
-    """Chunks of a character each, with these indices."""
-    return [choice({"content": text}, index=index) for text, index in zip(texts, indices, strict=True)]
-
-
 def beginning(value: Any) -> str:
     """How a value begins when it is quoted; of a choice or a list, it may be what stands in it that is quoted."""
     return "a time" if isinstance(value, list) or "choices" in str(value) else json.dumps(value)[:24]
@@ -122,21 +117,15 @@ INDICES = {
     "index counts old completions": Row(
         stream(*(choice(index=index, text=piece) for index, piece in enumerate(["Once ", "upon"], 1))), "Once upon"
     ),
-    "two choices in turns": Row(stream(*choices("axby", 0, 1, 0, 1), STOP), "ab"),
-    "two choices in turns, counted from 1": Row(stream(*choices("axby", 1, 2, 1, 2), STOP), "ab"),
-    "three choices in turns": Row(stream(*choices("axpbyq", 0, 1, 2, 0, 1, 2), STOP), "ab"),
     "two choices without an index": Row(
         stream(*({"choices": [{"delta": {"content": text}} for text in texts]} for texts in ("ax", "by", "cz"))), "abc"
     ),
-    "two choices, one after the other": Row(stream(*choices("abxy", 0, 0, 1, 1), STOP), "ab"),
 }
 
 # Errors that stand where none is expected
 
 ERROR = {"code": 502, "message": "no GPU"}
 BESIDE: dict[str, dict[str, Any]] = {
-    "base_resp": {"base_resp": {"status_code": 1008, "status_msg": "no GPU"}},
-    "detail": {"detail": "no GPU"},
     "message and code": {"message": "no GPU", "code": 503},
     "errors": {"errors": [{"message": "no GPU"}]},
     "errors of words": {"errors": ["no GPU"]},
@@ -147,24 +136,9 @@ ERROR_CHUNKS: dict[str, Any] = {
     **{f"in the delta, {reason}": choice({"error": ERROR}, reason) for reason in (None, "stop", "error")},
     "in the choice, as words": choice({"content": ""}, "error", error="no GPU"),
     "in the choice, without a delta": choice(None, "error", error=ERROR),
-    "in x_groq": {**choice({}), "x_groq": {"id": "req_1", "error": "no GPU"}},
-    "in x_groq, with stop": {**choice({}, "stop"), "x_groq": {"id": "req_1", "error": {"message": "no GPU"}}},
-    "in x_groq, without choices": {"choices": [], "x_groq": {"error": ERROR}},
+    "event: error, data of detail": b'event: error\ndata: {"code": 500, "detail": "no GPU"}\n\n',
     **{f"choices null and {name}": {"id": "1", "choices": None, **beside} for name, beside in BESIDE.items()},
     **{f"choices empty and {name}": {"id": "1", "choices": [], **beside} for name, beside in BESIDE.items()},
-    "event: error": b'event: error\ndata: {"message": "no GPU"}\n\n',
-    "event: error, data of detail": b'event: error\ndata: {"code": 500, "detail": "no GPU"}\n\n',
-    "event: error, data of any kind": b'event:error\ndata: {"status": "no GPU"}\n\n',
-    "event: error, data of a string": b'event: error\ndata: "no GPU"\n\n',
-    "event: error, data of a chunk": b'event: error\ndata: {"choices": [], "reason": "no GPU"}\n\n',
-    "event: error, data of text": b"event: error\n" + event(delta("no GPU")),
-    "event: error, data of usage": b'event: error\ndata: {"usage": {"total_tokens": 0}, "reason": "no GPU"}\n\n',
-    "event: error, data of words": b"event: error\ndata: no GPU\n\n",
-    "event: error, data in lines": b'event: error\ndata: {"message":\ndata:  "no GPU"}\n\n',
-    "event: error, other fields": b'id: 7\nevent: error\nretry: 9\ndata: {"message": "no GPU"}\n\n',
-    "event: error, with CRLF": b'event: error\r\ndata: {"message": "no GPU"}\r\n\r\n',
-    "a field named error": b'error: {"code": 500, "message": "no GPU", "type": "server_error"}\n\n',
-    "a field named error, no space": b'error:{"code": 500, "message": "no GPU", "type": "server_error"}\n\n',
 }
 ERRORS = {
     **{f"{name}; first": Row(stream(chunk), error=["no GPU"]) for name, chunk in ERROR_CHUNKS.items()},
@@ -178,6 +152,33 @@ ERRORS = {
     **{
         f"choices null and {name}, as a whole reply": Row(body({"choices": None, **beside}), error=["no GPU"])
         for name, beside in BESIDE.items()
+    },
+}
+
+# Errors that cannot be told from other values of unknown meaning: quoted in an error if there is no text, or if they
+# have the word in them, and else in a warning
+
+MENTIONED: dict[str, Any] = {
+    "in x_groq": {**choice({}), "x_groq": {"id": "req_1", "error": "no GPU"}},
+    "in x_groq, with stop": {**choice({}, "stop"), "x_groq": {"id": "req_1", "error": {"message": "no GPU"}}},
+    "in x_groq, without choices": {"choices": [], "x_groq": {"error": ERROR}},
+}
+UNCLEAR: dict[str, Any] = {
+    "base_resp": {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "no GPU"}},
+    "base_resp beside no choices": {"choices": [], "base_resp": {"status_code": 1008, "status_msg": "no GPU"}},
+    "detail": {"choices": [], "detail": "no GPU"},
+    "message": {"message": "no GPU"},
+    "event: error": b'event: error\ndata: {"message": "no GPU"}\n\n',
+    "event: error, data of a string": b'event: error\ndata: "no GPU"\n\n',
+    "a field named error": b'error: {"code": 500, "message": "no GPU", "type": "server_error"}\n\n',
+    "a field of no name": b"no GPU\n\n",
+}
+UNCLEAR_ROWS = {
+    **{f"{name}; first": Row(stream(chunk), error=["no GPU"]) for name, chunk in {**MENTIONED, **UNCLEAR}.items()},
+    **{f"{name}; later": Row(stream(delta("a"), chunk), "a", error=["no GPU"]) for name, chunk in MENTIONED.items()},
+    **{
+        f"{name}; later": Row(stream(delta("a"), chunk), "a", warning=[NOT_UNDERSTOOD, "no GPU"])
+        for name, chunk in UNCLEAR.items()
     },
 }
 
@@ -204,14 +205,14 @@ LOST = {"status": "failed", "error_message": "no GPU", "request_id": "7"}
 FOREIGN_ROWS = {
     **{name: partly(value, delta("Once "), value, delta("upon")) for name, value in FOREIGN.items()},
     **{
-        f"{name}, alone": Row(stream(ROLE, value, STOP), error=[*EMPTY, beginning(value)])
+        f"{name}, alone": Row(stream(ROLE, value, STOP), error=[FOREIGN_ALONE, beginning(value)])
         for name, value in FOREIGN.items()
     },
     "first": partly(FOREIGN["an object"], FOREIGN["an object"], delta("Once upon")),
     "last": partly(FOREIGN["an object"], delta("Once upon"), FOREIGN["an object"]),
     "behind the end": partly(FOREIGN["an object"], delta("Once upon"), STOP, FOREIGN["an object"]),
-    "an answer of none": Row(stream(LOST), error=[*EMPTY, beginning(LOST), "no GPU"]),
-    "an answer of none, as a whole reply": Row(body(LOST), error=[*EMPTY, beginning(LOST), "no GPU"]),
+    "an answer of none": Row(stream(LOST), error=[FOREIGN_ALONE, beginning(LOST), "no GPU"]),
+    "an answer of none, as a whole reply": Row(body(LOST), error=[FOREIGN_ALONE, beginning(LOST), "no GPU"]),
     "several": Row(
         stream(delta("Once "), {"answer": "one"}, 42, delta("upon"), {"result": "two"}, STOP),
         "Once upon",
@@ -279,12 +280,6 @@ TEXTS = {
     ),
     "a list around a completion": Row(body([message("Once upon")]), "Once upon"),
     "a list around each chunk": Row(stream([delta("Once ")], [delta("upon")], [STOP]), "Once upon"),
-    "data: data:": Row(stream(b"data: " + event(delta("Once ")), b"data: " + event(delta("upon")), STOP), "Once upon"),
-    "data: data: without spaces": Row(
-        stream(delta("Once upon"), STOP).replace(b"data: ", b"data:data:").replace(b"data:data:[", b"data: ["),
-        "Once upon",
-    ),
-    "data: data: [DONE]": Row(stream(delta("Once upon"), STOP)[: -len(DONE)] + b"data: " + DONE, "Once upon"),
 }
 
 # What is harmless, and says nothing
@@ -312,12 +307,10 @@ HARMLESS: dict[str, Any] = {
     "a success beside the choices": {**choice({}), "base_resp": {"status_code": 0, "status_msg": "success"}},
     "a success in words": {**choice({}), "code": 0, "message": "Success", "sid": "cht1"},
     "details of the host": {**choice({}), "x_groq": {"id": "req_1", "usage": USAGE}, "provider": "Somebody"},
-    "the filters of Azure": {
-        "choices": [],
-        "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": {}}],
-    },
 }
+AZURE = {"choices": [], "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": {}}]}
 HARMLESS_ROWS = {
+    "the filters of Azure, which come first": Row(stream(AZURE, delta("Once upon"), STOP), "Once upon"),
     **{
         name: Row(stream(value, delta("Once "), value, delta("upon"), STOP, value), "Once upon")
         for name, value in HARMLESS.items()
@@ -468,6 +461,7 @@ ROWS = {
     **INDICES,
     **{f"foreign: {name}": row for name, row in FOREIGN_ROWS.items()},
     **TEXTS,
+    **{f"unclear: {name}": row for name, row in UNCLEAR_ROWS.items()},
     **{f"harmless: {name}": row for name, row in HARMLESS_ROWS.items()},
     **ENDINGS,
     **{f"reasoning: {name}": row for name, row in REASONING.items()},
@@ -499,7 +493,7 @@ def test_whole_reply_in_another_shape(framing: str, name: str, ask: Ask, server:
     reply = OTHER_SHAPES[name]
     server.answer = say([{"body": body(reply), "event": stream(reply), "list": body([reply])}[framing]])
     line = ask(stream=framing != "body").line
-    assert "not understood" in line or all(words in line for words in EMPTY)
+    assert "not understood" in line or "the answer was empty; the reply begins: " in line
     assert beginning(reply) in line
 
 
@@ -507,7 +501,7 @@ def test_stream_in_another_shape(ask: Ask, server: Loopback) -> None:
     """The same of a stream, whose first event of unknown meaning is shown."""
     server.answer = say([stream(*ANTHROPIC_EVENTS)])
     line = ask().line
-    assert "not understood" in line or all(words in line for words in EMPTY)
+    assert "not understood" in line or "the answer was empty; the reply begins: " in line
     assert beginning(ANTHROPIC_EVENTS[0]) in line
 
 
@@ -545,11 +539,10 @@ def test_page_without_a_title_gives_its_words(
     "location", ["http://", "http://[::1", "https://:443:443/", "http://host:port/", "http://a b/", "//", "\x80"]
 )
 def test_redirect_to_what_is_no_url(location: str, ask: Ask, server: Loopback) -> None:
-    """The error has the status and says that it redirects, whatever it redirects to."""
+    """It is one line, though httpx itself may already refuse what it redirects to."""
     server.answer = say([], status="302 Found", headers={"location": location})
     line = ask().line
-    assert "HTTP 302 Found" in line
-    assert "redirects" in line
+    assert "HTTP 302 Found: redirects" in line or "Invalid URL in location header" in line
     assert len(server.requests) == 1
 
 
@@ -702,39 +695,19 @@ NATIVE = {
         message("", "function_call", function_call={"name": "now", "arguments": "{}"})
     ),
 }
+
+
+def web_search(query: str) -> str:
+    """Search the web"""
+    return query
+
+
 SEARCH = {name: reply.replace(b'"now"', b'"web_search"') for name, reply in NATIVE.items()}
 
 
-@pytest.mark.parametrize("reply", NATIVE.values(), ids=NATIVE)
-def test_native_call_of_a_tool_that_was_given(reply: bytes, chain: Chain, server: Loopback) -> None:
-    """It is a tool call like any other."""
-    server.answers += [say([reply])]
-    chained = chain("What time is it?", tools=[now])
-    assert chained.text == "llama: now said noon"
-    assert chained.calls == [[("now", {})], []]
-
-
-def test_text_and_native_calls_of_tools_that_were_given(
-    chain: Chain, server: Loopback, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The text comes out, and all calls are made, however their pieces are mixed."""
-    chunks = [
-        delta("Let me see. "),
-        choice({"tool_calls": [call("add", '{"a":')]}),
-        choice({"tool_calls": [call("now", "", 1), call(None, " 1, ")]}),
-        choice({"tool_calls": [call(None, "{}", 1)]}),
-        choice({"tool_calls": [call(None, '"b": 2}')]}, "tool_calls"),
-    ]
-    server.answers += [say([stream(*chunks)])]
-    chained = chain("What time is it?", tools=[add, now])
-    assert chained.calls == [[("add", {"a": 1, "b": 2}), ("now", {})], []]
-    assert chained.text.replace("\n", "") == "Let me see. llama: add said 3, now said noon"
-    assert [record for record in caplog.records if record.name == "llm_autonomous"] == []
-
-
-@pytest.mark.parametrize("tools", [[], [now]], ids=["no tools", "other tools"])
+@pytest.mark.parametrize("tools", [[], [now], [web_search]], ids=["no tools", "other tools", "this tool"])
 @pytest.mark.parametrize("reply", SEARCH.values(), ids=SEARCH)
-def test_native_call_of_a_tool_that_was_not_given(
+def test_native_call_is_not_understood(
     reply: bytes, tools: list[Any], chain: Chain, server: Loopback, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The text comes out, and a warning names the tool that the server wanted to call."""
@@ -753,7 +726,7 @@ def test_native_call_of_a_tool_that_was_not_given(
 
 
 @pytest.mark.parametrize("reply", SEARCH.values(), ids=SEARCH)
-def test_native_call_alone_of_a_tool_that_was_not_given(reply: bytes, ask: Ask, server: Loopback) -> None:
+def test_native_call_alone_is_not_understood(reply: bytes, ask: Ask, server: Loopback) -> None:
     """With no text at all, the error names the tool."""
     server.answer = say([reply])
     assert "web_search" in ask().line

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import llm
 import pytest
+from conftest import new_attempt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import delta
 
 import llm_autonomous
-from llm_autonomous import AutonomousError, Reply, ToolCallParser
+from llm_autonomous import MAX_HELD, AutonomousError, ToolCallParser
 
 MORE_EXAMPLES = os.environ.get("LLM_AUTONOMOUS_EXAMPLES")
 examples = settings(max_examples=int(MORE_EXAMPLES or 150), derandomize=not MORE_EXAMPLES, deadline=None, database=None)
@@ -162,7 +163,6 @@ CALLS = {
     "bare with a semicolon between spaces": (f'{ADD_JSON} ; {{"name": "now"}} ; {ADD_JSON}', [ADD, NOW, ADD]),
     "bare with a line break": (f'{ADD_JSON}\n{{"name": "now"}}', [ADD, NOW]),
     "bare list": (f'[{ADD_JSON}, {{"name": "now"}}]', [ADD, NOW]),
-    "bare in Python's literals": ("{'name': 'add', 'parameters': {'a': 1}}", [ADD]),
     "bare nested": (
         '{"name": "add", "parameters": {"a": {"b": {"c": {"d": [{"e": "deep"}]}}}}}',
         [("add", {"a": {"b": {"c": {"d": [{"e": "deep"}]}}}})],
@@ -225,14 +225,6 @@ CALLS = {
     "a function among words": ('So: <function=add>{"a": 1}</function> Done.', ["So:", ADD, "Done."]),
     "a function without an end": ('<function=add>{"a": 1}', [ADD]),
     "a function and a brace too many": ('<function=add>{"a": 1}}</function>', [ADD]),
-    **{
-        f"a function written {start}": (f'{start}{{"a": 1}}{end}', [ADD])
-        for start, end in (
-            *(("<function=add ", "</function>"), ("<function=add", "</function>"), ("<function=add(", ")</function>")),
-            *(("<function=add,", "</function>"), ('<function=add":', "</function>"), ("<function(add)", "</function>")),
-            ("<function/add>", "</function>"),
-        )
-    },
     # OpenAI's shape in a tag
     "function": ('<tool_call>{"function": {"name": "add", "arguments": {"a": 1}}}</tool_call>', [ADD]),
     "function with an id": (
@@ -258,27 +250,6 @@ CALLS = {
         '<tool_call>{"name": "add", "arguments": {"a": "x\n\ty\r\n"}}</tool_call>',
         [("add", {"a": "x\n\ty\r\n"})],
     ),
-    "Python's literals": (
-        "<tool_call>{'name': 'add', 'arguments': {'a': True, 'b': None, 'c': [False]}}</tool_call>",
-        [("add", {"a": True, "b": None, "c": [False]})],
-    ),
-    "Python's strings": (
-        """<tool_call>{'name': 'add', 'arguments': {'a': "it's", 'b': '"}{', 'c': 'n\\'t'}}</tool_call>!""",
-        [("add", {"a": "it's", "b": '"}{', "c": "n't"}), "!"],
-    ),
-    "Python's strings with a raw line break": (
-        "<tool_call>{'name': 'add', 'arguments': {'a': 'x\ny'}}</tool_call>",
-        [("add", {"a": "x\ny"})],
-    ),
-    "Python's strings, escaped, in lines": (
-        "<tool_call>{'arguments': {'a': 'it\\'s'},\n 'name': 'add', 'type': \"function\"}</tool_call>",
-        [("add", {"a": "it's"})],
-    ),
-    "JSON but for Python's constants": (
-        '<tool_call>{"name": "add", "arguments": {"a": True, "b": None}}</tool_call>',
-        [("add", {"a": True, "b": None})],
-    ),
-    "two in Python's literals": ("<tool_call>{'name': 'now'}\n{'name': 'now'}</tool_call>", [NOW, NOW]),
     "tags and braces in a string": (
         '<tool_call>{"name": "add", "arguments": {"a": "</tool_call> }{ <tool_call>{\\"b\\": [ <tools>"}}</tool_call>.',
         [("add", {"a": '</tool_call> }{ <tool_call>{"b": [ <tools>'}), "."],
@@ -321,6 +292,18 @@ TEXTS = {
     "a number": "42",
     "a string": '"{\\"name\\": \\"add\\"}"',
     "a call between words": f"I would call {ADD_JSON} to add.",
+    "a call in a line behind words": f"So: {ADD_JSON}",
+    "a list of calls in a line behind words": f"So: {BOTH_JSON}\n",
+    "a call in a line behind words, and a brace too many": f"So: {ADD_JSON}}}",
+    "a call in a line before words": f"So:\n{ADD_JSON} would add.",
+    "a call in other JSON": f'{{"tool_calls": {BOTH_JSON}}}',
+    "a call in a list behind words": f"1. {ADD_JSON}",
+    "a call cut off in a line behind words": f"So: {ADD_JSON[:-1]}",
+    "a call in Python's literals": "{'name': 'add', 'parameters': {'a': 1}}",
+    "a call in Python's words": "[add(a='x', b={}), now()]",
+    "a function in another spelling": '<function=add {"a": 1}</function>',
+    "a made-up result in JSON": '{"tool_response": {"result": 3}}',
+    "a made-up result in JSON that names it": '{"name": "tool_response", "content": "3"}',
     "a call in code": f"```python\nllm.call('add', a=1)\ncalls = [now(), {ADD_JSON}]\n```",
     "a call in JSX": f"<App data={{{ADD_JSON}}} />",
     # The tools themselves
@@ -390,7 +373,6 @@ BROKEN = {
     "bare list without an end": (f"[{ADD_JSON}, {NOW_JSON}", [], "JSON"),
     "bare with arguments that are none": ('{"name": "add", "parameters": [1]}', [], '"arguments"'),
     "cut off in a fence": (f"```json\n{ADD_JSON[:-1]}\n```", [], "JSON"),
-    "cut off behind words": (f"So: {ADD_JSON[:-1]}", ["So: "], "JSON"),
     "a broken one behind a good one, both bare": (f"{ADD_JSON}\n{NOW_JSON[:-1]}", [], "JSON"),
     **{
         f"{number} in {place}": (f'{start}{{"name": "add", "arguments": {{"a": [{number}]}}}}', [], "NaN")
@@ -400,7 +382,6 @@ BROKEN = {
     "NaN in a string": ('{"name": "add", "arguments": "{\\"a\\": NaN}"}', [], "NaN"),
     "a function without arguments": ("<function=now></function>", [], "JSON"),
     "a function with broken arguments": ('<function=add>{"a": }</function>', [], "JSON"),
-    "a function with a list": ('<function=add [{"a": 1}]</function>', [], "JSON"),
     "a function in Python's words": ("<function=add>a=1</function>", [], "JSON"),
     "a function with a set behind words": ("So: <function=add>{1}</function> Done.", ["So: "], "JSON"),
     "a function behind words": ("So: <function=add>a=1</function> Done.", ["So: "], "JSON"),
@@ -414,14 +395,14 @@ BROKEN = {
         [],
         "JSON",
     ),
-    "Python's words": ("[add(a='x')]", [], "JSON"),
-    "two in Python's words": ("[add(a='x', b={}), now()]", [], "JSON"),
     "python tag and Python's words": ('<|python_tag|>add(a="x")', [], "JSON"),
     "python tag and a method": ('<|python_tag|>add.call(a="x")', [], "JSON"),
     "python tag and Python's words behind words": ('So: <|python_tag|>add(a="x")', ["So: "], "JSON"),
     "no value": ('<tool_call>{"name": "add", "arguments": {"a": }}</tool_call>', [], "no valid JSON"),
     "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "no valid JSON"),
     "no JSON at all": ("<tool_call>{add 1}</tool_call>", [], "no valid JSON"),
+    "Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': 1}}</tool_call>", [], "JSON"),
+    "Python's constants": ('<tool_call>{"name": "add", "arguments": {"a": True}}</tool_call>', [], "JSON"),
     "code in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': f(1)}}</tool_call>", [], "JSON"),
     "a set in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': {1, 2}}}</tool_call>", [], "JSON"),
     "bytes in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': b'x'}}</tool_call>", [], "JSON"),
@@ -499,25 +480,25 @@ def test_a_broken_call_takes_all_others_with_it(broken: str) -> None:
 
 AFTER_WORDS = {
     "bare": (f"I would call\n{ADD_JSON}", "I would call\n"),
-    "in one line": (f"So: {ADD_JSON}", "So: "),
-    "a list": (f"So: {BOTH_JSON}\n", "So: "),
-    "two": (f"So: {ADD_JSON}\n{NOW_JSON}", "So: "),
+    "a list": (f"So:\n{BOTH_JSON}\n", "So:\n"),
+    "two": (f"So:\n{ADD_JSON}\n{NOW_JSON}", "So:\n"),
+    "two, the first behind words": (f"So: {ADD_JSON}\n{NOW_JSON}", f"So: {ADD_JSON}\n"),
+    "words in the next line": (f"So:\n  {ADD_JSON}\nwould add.", "So:\n  "),
     "a fence": (f"Like this:\n```json\n{ADD_JSON}\n```\n", "Like this:\n"),
     "a fence without a language": (f"Like this:\n```\n{ADD_JSON}```", "Like this:\n"),
     "a fence without an end": (f"Like this:\n```json\n{ADD_JSON}", "Like this:\n"),
     "a fence and then words": (f"Like this:\n```json\n{ADD_JSON}\n```\nThat would add.", "Like this:\n"),
     "a fence of two": (f"Like this:\n```json\n{INDENTED}\n```", "Like this:\n"),
-    "a brace too many": (f"So: {ADD_JSON}}}", "So: "),
+    "a brace too many": (f"So:\n{ADD_JSON}}}", "So:\n"),
     "a lonely closing tag": (f"So:\n{ADD_JSON}\n</tool_call>", "So:\n"),
     "an end of the turn": (f"So:\n{ADD_JSON}<|im_end|>", "So:\n"),
-    "in JSON": (f'{{"tool_calls": {BOTH_JSON}}}', '{"tool_calls": '),
     "behind a call and words": (f"{ADD_JSON}\nAnd then\n{NOW_JSON}", ""),
 }
 
 
 @pytest.mark.parametrize(("text", "before"), AFTER_WORDS.values(), ids=AFTER_WORDS)
 def test_call_after_words_is_asked_about(text: str, before: str) -> None:
-    """At the end or in a fence it may be a call or an example: the model has to say, and the JSON is not shown."""
+    """On a line of its own or in a fence it may be a call or an example: the model has to say, and it is not shown."""
     for pieces in ([text], *cuttings(text)):
         outcome = read(*pieces)
         assert outcome.told == ([before] if before else [])
@@ -534,11 +515,6 @@ RESULTS = {
     "without an end": "<tool_response>",
     "before a call": f"<tool_response>3</tool_response>{ADD_TAG}",
     "in a fence": "```xml\n<tool_response>3</tool_response>\n```",
-    "JSON of that name": '{"tool_response": {"result": 3}}',
-    "JSON that names it": '{"name": "tool_response", "content": "3"}',
-    "JSON of that name in a fence": '```json\n{"tool_response": 3}\n```',
-    "JSON of that name in a list": '[{"tool_response": 3}]',
-    "Python's literals": "{'tool_response': 3}",
 }
 
 
@@ -635,7 +611,7 @@ REAL: list[tuple[str, str | list[str]]] = [
     ),
     (
         '```json\n{\n  "tool_response": "Event created successfully."\n}\n```',
-        "asked",
+        "text",
     ),
     (
         "<tool_response>\n"
@@ -722,7 +698,7 @@ REAL: list[tuple[str, str | list[str]]] = [
     ),
     (
         '1. {"name": "get_weather", "arguments": {"city": "London", "unit": "celsius"}}',
-        "asked",
+        "text",
     ),
 ]
 
@@ -753,110 +729,41 @@ def test_text_of_a_real_model_is_read_in_every_cutting(text: str, told: str | li
 WRAPPER = r"(?:\s|```[\w-]*|<\|?[\w-]+\|?>)*"
 MAY_CALL = (
     rf"<\|?[\w-]*(?:tool|function|call|python_tag)[\w-]*\|?>{WRAPPER}(?:[{{\[]|add|now)"
-    r"|\[\s*\{\s*[\"']name[\"']:\s*[\"'](?:add|now)|\{\s*[\"']name[\"']:\s*[\"'](?:add|now)[\"'](?!\})"
-    rf"|\A{WRAPPER}<tool_response>|<function[=(/][\s\[]*(?:add|now)"
-    r"|\A\s*\[[\s\[]*(?:add|now)(?:\.call)?\("
+    r"|\{\s*\"(?:name|id|type|function|arguments|parameters)\":.*\"(?:add|now)\"(?!\})|\[\s*\{\s*\"name\":\s*\"(?:add|now)"
+    rf"|\A{WRAPPER}<tool_response>|<function=(?:add|now)"
 )
-
-HALF_WRAPPER = r"<\|?[\w-]*\|?|`{1,2}"
-STARTS = [
-    *(
-        '{"type":"function"',
-        '{"parameters":',
-        '{"arguments":',
-        '{"function":',
-        '{"id":',
-        '{"name":"add"',
-        '{"name":"now"',
+WORDS = st.lists(
+    st.sampled_from(
+        [
+            *"<>/{}[]ab \n\"'`",
+            *("<tool_call>", "<tools>", "<tool_response>", "<tool", "_call", "</tool_call>", "s>", "<b>", "(a"),
+            *("```", "```json\n", "<|python_tag|>", '{"name": ', '"Bob"', '{"id"', "<function", "<function="),
+        ]
     ),
-    *("<function=add", "<function=now", "<function(add", "<function(now", "<function/add", "<function/now"),
-    *("add(", "now(", "add.call(", "now.call("),
-]
-
-
-def may_begin_call(held: str) -> bool:
-    """Whether some text may go on as a call that is wrapped in anything, or not wrapped."""
-    rest = re.sub(rf"\A{WRAPPER}", "", held)
-    squeezed = re.sub(r"[\s\[]", "", rest).replace("'", '"')
-    return bool(re.fullmatch(HALF_WRAPPER, rest)) or any(start.startswith(squeezed) for start in STARTS)
+    max_size=12,
+).map("".join)
 
 
 @examples
-@given(
-    st.lists(
-        st.sampled_from(
-            [
-                *"<>/{}[]ab \n\"'`",
-                *("<tool_call>", "<tools>", "<tool_response>", "<tool", "_call", "</tool_call>", "s>", "<b>", "(a"),
-                *("```", "```json\n", "<|python_tag|>", '{"name": ', '"Bob"', '{"id"', "<function", "<function="),
-            ]
-        ),
-        max_size=12,
-    )
-    .map("".join)
-    .filter(lambda text: not re.search(MAY_CALL, text))
-)
-def test_only_what_may_begin_a_call_is_held(words: str) -> None:
-    """One character at a time, all is out but what may still be the beginning of a call."""
-    text = f"Say: {words}"
+@given(WORDS.filter(lambda text: not re.search(MAY_CALL, text, re.DOTALL)))
+def test_little_is_held_of_what_is_no_call(words: str) -> None:
+    """One character at a time, all is out but the last few, which may still begin a call."""
+    text = f"Say: {words}{'word ' * 100}"
     parser, out = ToolCallParser(set(NAMES)), ""
     for n, char in enumerate(text, 1):
         out += "".join(str(piece) for piece in parser.feed([char]))
         assert text.startswith(out)
-        assert len(out) == n or may_begin_call(text[len(out) : n])
+        assert n - len(out) < MAX_HELD
+    assert out == text
 
 
-@pytest.mark.parametrize(
-    "start", [TOOL, f"[{TOOL}]", f"So: {ADD_JSON} is", '{"id": 7, "for": {}}', f"So: {{{ADD_JSON}}} is"]
-)
-def test_what_turns_out_to_be_text_is_not_held_for_ever(start: str) -> None:
-    """What was held as a call goes out once as much again has come, and what comes then at once."""
+@pytest.mark.parametrize("text", ["Hello, world.\n\n# One\n- (two); 'three' \"four\" = 5 > 4", "if a < b: </b> 2`"])
+def test_text_in_which_no_call_may_begin_goes_out_at_once(text: str) -> None:
+    """Text with neither a tag nor a fence nor a bracket does not wait for what follows."""
     parser = ToolCallParser(set(NAMES))
-    text = f"{start} {'word ' * (len(start) // 4)}{{}}"
-    assert joined([piece for char in text for piece in parser.feed([char])] + parser.feed([" a"])) == [f"{text} a"]
-
-
-KNOWN = [
-    "H",
-    "    i",
-    "\n\n#",
-    "- ",
-    "42",
-    '"',
-    "{ }",
-    '{"answer":',
-    '{"name": "Bob"',
-    "{x",
-    "[1",
-    '[{"a":',
-    "[[1",
-    "```p x",
-    "```json\nx",
-    "```json\n# ",
-    '```json\n{"a":',
-    "<b ",
-    "<b>w",
-    "<b><i>w",
-    "<|im ",
-    "``x",
-    "Jason",
-    '{"id": 7} t',
-    '{"name": "now"}',
-    "<answer>{x",
-    "<answer>[1",
-    '<answer>{"name": "R',
-    "[now]",
-    "<function=s",
-]
-
-
-@pytest.mark.parametrize("start", KNOWN)
-def test_text_goes_out_once_it_is_known_that_it_is_no_call(start: str) -> None:
-    """A reply that begins as one of a call's forms is held up to the character that tells, and no longer."""
-    parser = ToolCallParser(set(NAMES))
-    out = [piece for char in start for piece in parser.feed([char])]
-    assert "".join(map(str, out)) == start
-    assert parser.feed(["a", "b "]) == ["ab "]
+    for char in text[:-1]:
+        assert parser.feed([char]) == ([char] if char != "<" else []) or char in "b/ "
+    assert joined(parser.feed([], end=True)) in ([], [text[-1]])
 
 
 def test_text_before_a_call_does_not_wait_for_it() -> None:
@@ -876,7 +783,8 @@ def test_call_larger_than_the_bound(start: str, block: str, monkeypatch: pytest.
     """A call that never ends is an error at the bound, and no more than that is kept of it."""
     bound = 128 * KIB
     monkeypatch.setattr(llm_autonomous, "MAX_EVENT_BYTES", bound)
-    reply, event = Reply(ToolCallParser(set(NAMES))), f"data: {json.dumps(delta(block * KIB))}\n\n".encode()
+    reply = new_attempt(tools=[llm.Tool(name) for name in NAMES])
+    event = f"data: {json.dumps(delta(block * KIB))}\n\n".encode()
     tracemalloc.start()
     try:
         out = reply.feed(f"data: {json.dumps(delta(start))}\n\n".encode())
@@ -935,6 +843,10 @@ ENDLESS: dict[str, tuple[str, str]] = {  # what comes first, and what again and 
     "bare and then words": ('{"name": "add"} ', "word "),
     "bare and then smaller-than": ('{"name": "add"} ', "<"),
     "made-up result": (f"{NOW_TAG}<tool_response>", "<tool_call>{"),
+    "made-up results in an argument": ('<tool_call>{"name": "add", "arguments": {"a": "', "<tool_response>"),
+    "brackets in lines": ("Say:\n", '{"name":\n["add",\n'),
+    "brackets in a line": ("Say: ", '{"name": "add", '),
+    "calls behind words": ("Say: ", f"{ADD_JSON} "),
 }
 
 
@@ -975,11 +887,10 @@ def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
 
     small, large = work(pieces(16 * KIB)), work(pieces(64 * KIB))
     assert large <= 4.8 * small + 64 * KIB
-    for size in (60 * KIB, MIB):  # the first is still looked at for Python's literals
-        parser = ToolCallParser(set(NAMES))
-        for piece in pieces(size):
-            parser.feed([piece])
-        parser.feed([], end=True)
+    parser = ToolCallParser(set(NAMES))
+    for piece in pieces(MIB):
+        parser.feed([piece])
+    parser.feed([], end=True)
 
 
 # Properties
@@ -1005,7 +916,7 @@ RICH = [
 NO_CALLS = (
     st.lists(st.sampled_from(RICH) | st.text(max_size=4), max_size=14)
     .map("".join)
-    .filter(lambda text: not re.search(MAY_CALL, text))
+    .filter(lambda text: not re.search(MAY_CALL, text, re.DOTALL))
 )
 
 
@@ -1046,9 +957,7 @@ def as_it_is(value: Any) -> str:
 def call_texts(draw: st.DrawFn) -> tuple[str, tuple[str, dict[str, Any]]]:
     """A call in one of its forms in tags, and what it says."""
     name, arguments = draw(st.sampled_from(["add", "now", "unknown"])), draw(ARGUMENTS)
-    style = draw(st.sampled_from([json.dumps, as_it_is, lambda value: json.dumps(value, indent=1), repr]))
-    if style is repr and re.search("</?tool", repr(arguments)):
-        style = as_it_is  # only in JSON's strings are tags text
+    style = draw(st.sampled_from([json.dumps, as_it_is, lambda value: json.dumps(value, indent=1)]))
     call: dict[str, Any] = {"name": name, draw(st.sampled_from(["arguments", "parameters"])): arguments}
     shape = draw(st.sampled_from(["call", "call", "list", "function"]))
     value = {"call": call, "list": [call], "function": {"type": "function", "function": call}}[shape]
@@ -1057,7 +966,7 @@ def call_texts(draw: st.DrawFn) -> tuple[str, tuple[str, dict[str, Any]]]:
 
 
 # What is no text next to a call: its wrapping, and a result that the model makes up.
-AT_A_CALL = r"\A[\s;,]*(</|<\|)|(<\|?[\w-]+\|?>|```[\w-]*)\s*\Z|<tool_response"
+AT_A_CALL = r"\A[\s;,]*(</|<\||[}\]])|(<\|?[\w-]+\|?>|```[\w-]*)\s*\Z|<tool_response"
 
 
 @st.composite

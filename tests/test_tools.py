@@ -21,7 +21,6 @@ from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant
 from loopback import DONE, ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import until
 
-import llm_autonomous
 from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT
 
 STOP = event(delta(finish_reason="stop")) + DONE
@@ -248,6 +247,16 @@ def test_tool_that_raises(chain: Chain, server: Loopback) -> None:
     assert results_in(server.last.messages[-1]) == [("fail", "Error: no luck")]
 
 
+def test_tool_that_returns_nothing(chain: Chain, server: Loopback) -> None:
+    """An empty result is told as one, and not as an error."""
+
+    def quiet() -> str:
+        return ""
+
+    assert chain("Call quiet with {}", tools=[quiet]).text == "llama: quiet said "
+    assert results_in(server.last.messages[-1]) == [("quiet", "")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [('{"a": "x"}', "can only concatenate"), ("{}", "missing 1 required"), ('{"c": 1}', "unexpected keyword")],
@@ -381,7 +390,7 @@ def test_answer_to_a_prompt_without_tools_is_text(text: str, ask: Ask, server: L
 
 def test_text_is_not_held(chain: Chain, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tools, each piece of text reaches the reader while the server still holds back the next."""
-    words, sent = ["One ", "a < b ", "and {two} ", "[three] ", "<b>four</b> ", "five"], threading.Semaphore(1)
+    words, sent = ["One ", "a < b ", "and {two} ", "[three] ", "`four` </b> ", "five"], threading.Semaphore(1)
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
@@ -459,11 +468,8 @@ def test_made_up_result_is_neither_shown_nor_kept(chain: Chain, server: Loopback
 
 
 @pytest.mark.parametrize("call", [NOW_TAG, '{"name": "now", "parameters": {}}'], ids=["tag", "bare"])
-def test_made_up_result_without_an_end_is_not_waited_for(
-    call: str, chain: Chain, server: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_made_up_result_without_an_end_is_not_waited_for(call: str, chain: Chain, server: Loopback) -> None:
     """A model that writes on for ever behind a made-up result does not keep the prompt."""
-    monkeypatch.setattr(llm_autonomous, "DRAIN_TIMEOUT", 0.05)
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
@@ -509,11 +515,10 @@ def test_answer_that_names_tools_calls_none(form: str, stream: bool, chain: Chai
 
 PUT_TO_THE_MODEL = {
     "made-up result": '<tool_response>\n{"result": "midnight"}\n</tool_response>\nIt is midnight.',
-    "made-up result in JSON": '{"tool_response": {"result": "midnight"}}',
     "call behind words": 'I call:\n```json\n{"name": "now", "arguments": {}}\n```',
     "broken bare call": '{"name": "now", "arguments": {}',
     "function with parameters": "<function=now>\n</function>",
-    "Python's words": "[now()]",
+    "Python's words": "<tool_call>now()</tool_call>",
     "NaN": '{"name": "now", "arguments": {"a": NaN}}',
 }
 
@@ -565,13 +570,11 @@ def test_call_is_known_by_what_it_says(written: str, chain: Chain, server: Loopb
     assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize(
-    "made_up", ["<tool_response>noon</tool_response>", '{"tool_response": "noon"}'], ids=["tag", "JSON"]
-)
 def test_made_up_result_without_a_call_is_put_to_the_model_once(
-    made_up: str, chain: Chain, server: Loopback, sleeps: list[float]
+    chain: Chain, server: Loopback, sleeps: list[float]
 ) -> None:
     """The user never sees it: the model calls the tool after all, or one line says what it did."""
+    made_up = "<tool_response>noon</tool_response>"
     server.answers += [texts(*made_up), texts(NOW_TAG)]
     chained = chain("Hello", tools=[now])
     assert chained.text == "llama: now said noon"
