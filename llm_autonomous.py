@@ -790,11 +790,11 @@ class ToolCallParser:
         self._passed = 0  # the length of that text
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the last text since then; nothing more once it has had the tag of a result in it
-        # How a call begins outside of our tags, which has to name a tool soon, and within them.
+        # How a call begins in JSON, which has to name a tool soon, and in code: <function=name= or [name( or {'name':
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
-        self._object = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
-        self._in_tag = re.compile(rf"[{{\[]|({name})(\.call)?\(")
+        self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
+        self._in_code = re.compile(rf"<function\W({name})\b|([\[{{]\W*(\w+\W+)?)?({name})(\.call)?[^\w\s.,<\]}}]")
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -837,11 +837,13 @@ class ToolCallParser:
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
         value = window[wrapping.end() :]
+        first, own = begins_answer(text, place), wrapping["tag"] in OWN_TAGS
         seems_a_call = (
             wrapping["function"] in self.names
-            or (value.startswith(RESULT_TAG) and begins_answer(text, place))
-            or (wrapping["tag"] in OWN_TAGS and self._in_tag.match(value))
-            or self._object.match(value)
+            or (first and value.startswith(RESULT_TAG))
+            or (own and value.startswith(("{", "[")))
+            or ((own or (first and not wrapping[0])) and self._in_code.match(value))
+            or self._in_json.match(value)
         )
         return wrapping if seems_a_call else None
 
