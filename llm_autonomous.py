@@ -74,6 +74,7 @@ RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 USUAL_FINISH_REASON = (
     r"(?i)(?<![a-z])(stop(ped)?|eo[st]|end|completed?|done|finish(ed)?$|success|normal|tool|function)(?![a-z])"
 )
+LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
 THINKING_TAGS = ("<think>", "<scratch_pad>")
 # The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
@@ -108,6 +109,7 @@ class ServiceModel(NamedTuple):
 
 
 IMAGE_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif"})
+OTHER_IMAGE_NAMES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
 
 SERVICE_MODELS = (
     ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous",)),
@@ -196,8 +198,10 @@ with one <tool_call> for each call, with the name of the tool and its arguments 
 </tool_call>
 You will get the results in the next message. If no tool fits the request, answer the user directly."""
 RESULT = "The tool {name} returned:\n{output}"
+EMPTY_RESULT = "The tool {name} ran without an error and returned an empty result."
 AFTER_RESULTS = "Use these results to answer my request. If you still need another tool for it, call that tool now."
 EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
+SHORTER = "Your answer was cut short because it reached your length limit. Write a shorter one."
 SCHEMA_INSTRUCTIONS = """\
 Reply with a JSON value that follows this JSON schema:
 {schema}
@@ -263,6 +267,7 @@ def build_messages(
     prompt, and what the model has to do ``after_results`` to the last message if the model has not seen them yet.
     """
     built: list[dict[str, Any]] = []
+    new_from = max((n for n, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
     if instructions:
         own = messages[0].parts if messages and messages[0].role == "system" else []
         part = TextPart(f"\n\n{instructions}" if own else instructions)
@@ -271,17 +276,34 @@ def build_messages(
         *before, last = messages
         gap = "\n\n" if last.parts and isinstance(last.parts[-1], TextPart) else ""
         messages = [*before, llm.Message(role=last.role, parts=[*last.parts, TextPart(gap + after_results)])]
-    for message in messages:
-        if content := build_content(message.parts, image_types, tools):
-            role = message.role if message.role in ("system", "assistant") else "user"
+    for number, message in enumerate(messages):
+        role = message.role if message.role in ("system", "assistant") else "user"
+        # OpenAI-shaped servers refuse images in any other role.
+        types = image_types if role == "user" else frozenset()
+        if content := build_content(message.parts, types, tools, new=number >= new_from):
             built.append({"role": role, "content": content})
-    return built
+    return without_system(built) if any(isinstance(message["content"], list) for message in built) else built
+
+
+def without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with images, with the system prompt at the beginning of the first user message.
+
+    Llama 3.2 Vision's own chat template refuses a system message beside an image.
+    """
+    texts = [message["content"] for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    first = next(message for message in others if message["role"] == "user")
+    parts = first["content"] if isinstance(first["content"], list) else [{"type": "text", "text": first["content"]}]
+    images = [part for part in parts if part["type"] != "text"]
+    if text := "\n\n".join(texts + [part["text"] for part in parts if part["type"] == "text"]):
+        first["content"] = [{"type": "text", "text": text}, *images] if images else text
+    return others
 
 
 def holds_new_results(messages: list[llm.Message]) -> bool:
     """Whether tools have run since the model last answered.
 
-    Their results need not be the last message: what they attached follows in one of its own.
+    Their results need not be the last message: `llm` puts what they attached into a user message after it.
     """
     for message in reversed(messages):
         if message.role == "assistant":
@@ -291,8 +313,11 @@ def holds_new_results(messages: list[llm.Message]) -> bool:
     return False
 
 
-def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -> str | list[dict[str, Any]]:
-    """The ``content`` of one message: its text, or its text and then its images."""
+def build_content(parts: list[Part], image_types: frozenset[str], tools: bool, new: bool) -> Any:
+    """The ``content`` of one message: its text, or a list of its text and then its images.
+
+    Raises if an image cannot be read and is ``new``: the model has not answered since.
+    """
     blocks: list[str] = []
     images: list[dict[str, Any]] = []
     previous: Part | None = None
@@ -306,12 +331,12 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
         elif isinstance(part, AttachmentPart) and part.attachment:
             attachments = [part.attachment]
         elif isinstance(part, ToolCallPart):
-            blocks.append(call_text(part, tools))
+            blocks.append(format_call(part, tools))
         elif isinstance(part, ToolResultPart):
-            blocks.append(result_text(part, tools))
+            blocks.append(format_result(part, tools))
             attachments = part.attachments
         for attachment in attachments:
-            if url := image_url(attachment, image_types):
+            if url := image_url(attachment, image_types, new):
                 images.append({"type": "image_url", "image_url": {"url": url}})
             else:
                 blocks.append(f"[{attachment.type or 'file'} attachment, not shown to this model]")
@@ -322,37 +347,47 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
     return [{"type": "text", "text": text}, *images] if text else images
 
 
-def call_text(part: ToolCallPart, tools: bool) -> str:
+def format_call(part: ToolCallPart, tools: bool) -> str:
     if not tools:
         return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
-    return tool_call({"name": part.name, "arguments": part.arguments})
+    call = json.dumps({"name": part.name, "arguments": part.arguments}, ensure_ascii=False, default=str)
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
-def result_text(part: ToolResultPart, tools: bool) -> str:
+def format_result(part: ToolResultPart, tools: bool) -> str:
+    """What a tool returned, in words if that is empty. `llm` passes None on as ``null``."""
+    name, output, failure = part.name, cast(Any, part.output), part.exception
+    if not isinstance(output, str):
+        output = json.dumps(output, default=repr)
+    if failure is not None:  # "ValueError: ", if the exception had no words
+        failure = f"{failure}no message was given" if failure.endswith(": ") else failure
+        output = f"Error: {failure}" if output.strip() in ("", "Error:") else output
+    elif output.strip() in ("", "null") and not part.attachments:
+        return (EMPTY_RESULT if tools else f"[{EMPTY_RESULT}]").format(name=name)
     if not tools:
-        return f"[the tool {part.name} {f'failed: {part.exception}' if part.exception else f'returned: {part.output}'}]"
-    output = part.output or (f"Error: {part.exception}" if part.exception else "")
-    return RESULT.format(name=part.name, output=output)
+        return f"[the tool {name} {f'returned: {output}' if failure is None else f'failed: {failure}'}]"
+    return RESULT.format(name=name, output=output)
 
 
-def tool_call(value: dict[str, Any]) -> str:
-    """A tool call as the model is asked to write it."""
-    return f"<tool_call>\n{json.dumps(value, ensure_ascii=False, default=str)}\n</tool_call>"
-
-
-def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
+def image_url(attachment: llm.Attachment, image_types: frozenset[str], new: bool) -> str | None:
     """The URL of an image of one of ``image_types``: its own, or a ``data:`` URL of its bytes. None for anything else.
 
     Nothing is fetched. `llm` has already asked the URL for its type, and a URL without one is taken to be an image.
     """
-    if not image_types or (attachment.url and not attachment.content):
-        return attachment.url if image_types and attachment.type in (None, *image_types) else None
+    if not image_types:
+        return None
     try:
-        encoded, kind = attachment.base64_content(), attachment.resolve_type()
+        is_link = attachment.url and not attachment.content
+        kind = attachment.type if is_link else attachment.resolve_type()
+        kind = kind and OTHER_IMAGE_NAMES.get(kind.partition(";")[0].strip().lower(), kind)
+        if is_link:
+            return attachment.url if kind in (None, *image_types) else None
+        return f"data:{kind};base64,{attachment.base64_content()}" if kind in image_types else None
     except (OSError, TypeError, ValueError) as error:
+        if new:
+            raise unreadable(attachment, error) from None
         logger.warning("an image of this conversation is not sent, since it can no longer be read: %s", error)
         return None
-    return f"data:{kind};base64,{encoded}" if kind in image_types else None
 
 
 def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
@@ -613,8 +648,9 @@ class Completion:
         if all_fields.keys() - CHUNK_FIELDS - ANSWER_FIELDS and (error := reported_error(all_fields)):
             raise error
         finished = self._read_outcome(all_fields)
-        reasoning, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
-        text, odd_text = text_of(answer, "content", "text", "refusal")
+        reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
+        text, thought, odd_text = text_of(answer, "content", "text", "refusal")
+        reasoning += thought
         self._add("reasoning", reasoning, end=bool(text))
         self._add("text", text)
         self._in_deltas = self._in_deltas or bool(text and delta)
@@ -662,7 +698,7 @@ class Completion:
 CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"}
 CHUNK_FIELDS |= {"usage", "finish_reason"}
 ANSWER_FIELDS = {"index", "delta", "message", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
-ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations"}
+ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations", "type"}
 # Beside text in a delta, none of these holds anything new.
 PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
 
@@ -689,20 +725,23 @@ def joined(pieces: list[str | StreamEvent]) -> list[str | StreamEvent]:
     return out
 
 
-def text_of(fields: dict[str, Any], *names: str) -> tuple[str, bool]:
-    """The text in the first of these fields that is filled, and whether there is something else in it as well.
+def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
+    """The text in the first of these fields that is filled, the reasoning in it, and whether it holds more than that.
 
-    It may be a string, or a list of OpenAI's content parts.
+    It may be a string, or a list of OpenAI's content parts. Mistral puts reasoning into parts of its own.
     """
     content: Any = next((fields[name] for name in names if name in fields), [])
-    texts, odd = [], False
+    text, thought, more = "", "", False
     for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            texts.append(text)
+        held = filled(part if isinstance(part, dict) else {"text": part})
+        if "thinking" in held:
+            inner, _, odd = text_of(held, "thinking")
+            thought, more = thought + inner, more or odd
+        elif isinstance(held.get("text"), str):
+            text += held["text"]
         else:
-            odd = odd or bool(filled(part).keys() - {"type"})
-    return "".join(texts), odd
+            more = more or bool(held.keys() - {"type"})
+    return text, thought, more
 
 
 def filled(value: Any) -> dict[str, Any]:
@@ -1119,6 +1158,22 @@ def quoted(words: str) -> str:
     return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
 
 
+def unreadable(attachment: llm.Attachment, error: Exception) -> AutonomousError:
+    return AutonomousError(f"cannot read the attachment {attachment.path or ''}: {reason_of(error)}; nothing was sent")
+
+
+def explained(error: AutonomousError, envelope: dict[str, Any]) -> AutonomousError:
+    """What is wrong with an answer: first of all that it reached the model's limit, if it did."""
+    reason = quoted(str(envelope.get("finish_reason")))
+    if not re.search(LIMIT_REASON, reason):
+        return error
+    return AutonomousError(
+        f"the answer was cut short because it reached the model's limit (finish reason: {reason}): {error}",
+        outage=error.outage,
+        correction=error.correction and f"{SHORTER} {error.correction}",
+    )
+
+
 def not_understood(start: str) -> AutonomousError:
     return AutonomousError(f"the reply was not understood; it begins: {quoted(start)}")
 
@@ -1258,7 +1313,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
     if isinstance(error, AutonomousError):
         return error
     cause = root_cause(error)
-    reason = reason_of(cause) or f"no reason given ({type(cause).__name__})"
+    reason = reason_of(cause)
     silent = isinstance(error, httpx.TimeoutException)
     # With any other words, httpcore and h11 mean a malformed reply.
     dropped = isinstance(error, httpx.NetworkError) or str(error).startswith(("Server disconnected", "peer closed"))
@@ -1266,12 +1321,14 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         lost = f"silent for {timeout:g} s" if silent else "the connection was lost" if dropped else reason
         return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply", retryable=dropped)
     if hasattr(cause, "verify_code"):
-        advice = ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority"
-        message = f"its certificate cannot be verified: {reason}"
-        return AutonomousError(message + (advice if cause.verify_code in UNKNOWN_ISSUER else ""), outage=True)
+        advice = CERTIFICATE_ADVICE.get(cause.verify_code, "")
+        return AutonomousError(f"its certificate cannot be verified: {reason}{advice}", outage=True)
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
         through = f" through the proxy {httpx.URL(proxy).netloc.decode()}" if proxy else ""
+        # Only a TLS handshake ends without words of the operating system, or with these of OpenSSL.
+        closed = not reason or "EOF occurred" in reason
         words = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s" if silent else reason
+        words = "the connection was closed during the TLS handshake" if closed and not silent else words
         # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
         status = re.match(r"[0-9]{3}\b", reason)
         passing = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
@@ -1283,11 +1340,18 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
     if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
         return AutonomousError(f"the reply was not understood: {reason}")
-    return AutonomousError(f"the request failed: {type(error).__name__}: {reason}")
+    return AutonomousError(f"the request failed: {reason or 'no reason was given'}")
 
 
-# OpenSSL's codes for a certificate, or the last of a chain, that no known authority has signed.
-UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+# By OpenSSL's codes for what is wrong with a certificate.
+CERTIFICATE_ADVICE = {
+    9: ". Check the date and time of this computer",
+    10: ". Only the owner of the server can renew it",
+    **dict.fromkeys(
+        (2, 18, 19, 20, 21),  # its issuer is not known
+        ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority",
+    ),
+}
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -1305,7 +1369,8 @@ def reason_of(cause: BaseException) -> str:
     """What the operating system or OpenSSL says went wrong."""
     if type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
         return os.strerror(cause.errno)  # in place of which asyncio has words of its own
-    return quoted(getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause))
+    words = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause)
+    return quoted(words).rstrip(".")
 
 
 # Retries: one prompt, and the attempts to get it answered
@@ -1347,11 +1412,10 @@ class Exchange:
             instructions, after_results = tool_instructions(self.tools), f"{AFTER_RESULTS} {in_json}".strip()
         image_types = self.model.service.attachment_types
         messages = build_messages(prompt.messages, image_types, bool(self.tools), instructions, after_results)
-        last = messages[-1] if messages else {"role": "user", "content": ""}
+        roles = [message["role"] for message in messages if message["content"] != instructions]
         # The last message may be the assistant's. In a conversation, it is the answer before, and nothing was asked
-        # since. Elsewhere, the caller has begun the answer for the model. Our own instructions are no prompt, either.
-        nothing_new = last["role"] == "assistant" and conversation is not None
-        if nothing_new or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
+        # since. Elsewhere, the caller has begun the answer for the model.
+        if not roles or (roles[-1] == "assistant" and conversation is not None):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
 
@@ -1390,17 +1454,16 @@ class Exchange:
         if isinstance(model := envelope.get("model"), str):
             self.response.set_resolved_model(quoted(model))
         answers = [attempt.corrected, attempt] if attempt.corrected else [attempt]
-        usages = [answer.completion.envelope.get("usage") for answer in answers]
-        if usages := [usage for usage in usages if isinstance(usage, dict)]:
-            sent, received = (count_tokens(usages, key) for key in ("prompt_tokens", "completion_tokens"))
-            details = {key: value for key, value in usages[-1].items() if key.endswith("_details")}
+        if usage := add_up(*(answer.completion.envelope.get("usage") for answer in answers)):
+            details = {key: value for key, value in usage.items() if key.endswith("_details")}
+            sent, received = usage.get("prompt_tokens"), usage.get("completion_tokens")
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         if completion.not_understood is not None:
             excerpt = quoted(as_json(completion.not_understood))
             logger.warning("part of the reply was not understood; it begins: %s", excerpt)
         reason = quoted(str(envelope.get("finish_reason", "stop")))
         if not re.search(USUAL_FINISH_REASON, reason):
-            limit = ": it reached the model's limit" if re.search("(?i)length|max|limit", reason) else ""
+            limit = ": it reached the model's limit" if re.search(LIMIT_REASON, reason) else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not attempt.whole:
             logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
@@ -1420,10 +1483,16 @@ def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
     return cast("dict[str, Any] | None", schema)
 
 
-def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
-    # A number that SQLite cannot store would make `llm` fail to log a good answer.
-    counts = [usage[key] for usage in usages if isinstance(usage.get(key), int) and 0 <= usage[key] < 2**62]
-    return sum(counts) if counts else None
+def add_up(*usages: Any) -> dict[str, Any]:
+    """The token counts of several answers, each key by itself."""
+    total: dict[str, Any] = {}
+    for usage in usages:
+        for key, value in usage.items() if isinstance(usage, dict) else ():
+            if isinstance(value, dict):
+                total[key] = add_up(total.get(key), value)
+            elif isinstance(value, (int, float)) and 0 <= value < 2**62:  # more, SQLite could not store
+                total[key] = value + (total[key] if isinstance(total.get(key), (int, float)) else 0)
+    return total
 
 
 class Attempt:
@@ -1508,6 +1577,7 @@ class Attempt:
             self.error = self._problem()
         if not self.error:
             pieces += self._parse([], end=True)
+            self.error = self.error and explained(self.error, self.completion.envelope)
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
@@ -1587,7 +1657,8 @@ class Attempt:
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
-        return AutonomousError(quoted(message), outage=True, correction=correction)
+        error = AutonomousError(quoted(message), outage=True, correction=correction)
+        return explained(error, self.completion.envelope)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1694,10 +1765,14 @@ async def async_client(proxy: str) -> Client:
     for other in [*_clients]:
         if other.key.loop and other.key.loop.is_closed():  # without having shut down
             _clients.pop(other, None)
-    key, client, unneeded = find_client(proxy, asyncio.get_running_loop())
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # under trio, for instance
+        raise AutonomousError("async prompts need an event loop of asyncio, and none is running") from None
+    key, client, unneeded = find_client(proxy, loop)
     while unneeded:
         await unneeded[0].life.aclose()
-        key, client, unneeded = find_client(proxy, key.loop)
+        key, client, unneeded = find_client(proxy, loop)
     if client is None:
         life = _live(key)
         client = await anext(life)
@@ -2009,7 +2084,8 @@ async def _check(
             row["error"] = late.located(urls[service], checking=True).message
         if show:
             result = f"ok, {row['seconds']:.2f} s" if row["ok"] else row["error"]
-            click.echo(f"{service.model_id:<21} : {service.endpoint:<11} : {result}")
+            row_text, encoding = f"{service.model_id:<21} : {service.endpoint:<11} : {result}", sys.stdout.encoding
+            click.echo(row_text.encode(encoding, "backslashreplace").decode(encoding))  # its code page may lack some
         return row
 
     if show and sys.stderr.isatty():
