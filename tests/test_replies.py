@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -199,61 +199,45 @@ REPORTED = "the service reports an error: "
 
 # Lines and fields
 
+IN_LINES, BARE = framed(text("a"), indent=1, blank=0), framed(text("b"), prefix="", blank=0)
 SEPARATORS = "\u2028\u2029\u0085\u000b\u000c\u001c\u001d\u001e"  # where Python's splitlines cuts as well
-RAW = '{"choices": [{"delta": {"content": "a%sb"}}]}\n\n'
+RAW = f'{{"choices": [{{"delta": {{"content": "a{SEPARATORS}b"}}}}]}}\n'.encode()
 FRAMING = {
-    **{
-        f"lines end at {name}": Row((A + B + DONE).replace(b"\n", newline), "ab")
-        for name, newline in {"LF": b"\n", "CRLF": b"\r\n", "CR": b"\r"}.items()
-    },
-    "CRLF within an event": Row(framed(text("a"), newline="\r\n", indent=1) + DONE, "a"),
-    "other separators do not end a line": Row(f"data: {RAW % SEPARATORS}".encode() + DONE, f"a{SEPARATORS}b"),
-    "nor one of bare JSON": Row((RAW % SEPARATORS).encode() + DONE, f"a{SEPARATORS}b"),
-    "byte order mark before an event": Row(BOM + A + DONE, "a"),
-    "byte order mark before bare JSON": Row(BOM + framed(text("a"), prefix="") + DONE, "a"),
-    "byte order mark before a blank line": Row(BOM + b"\n" + A + DONE, "a"),
-    "byte order mark in a text": Row(framed(text("a\ufeffb")) + framed(text("\ufeff")) + DONE, "a\ufeffb\ufeff"),
+    **{f"lines end at {end}": Row((A + B + DONE).replace(b"\n", end), "ab") for end in (b"\n", b"\r\n", b"\r")},
+    "CRLF within an event": Row((IN_LINES + b"\n" + DONE).replace(b"\n", b"\r\n"), "a"),
+    "other separators do not end a line": Row(b"data: " + RAW + DONE, f"a{SEPARATORS}b"),
+    "other separators do not end bare JSON": Row(RAW + DONE, f"a{SEPARATORS}b"),
+    **{f"byte order mark before {start[:6]}": Row(BOM + start + DONE, "b") for start in (B, BARE, b"\n" + B)},
+    "byte order mark in a text": Row(framed(text("\ufeffa\ufeff")) + DONE, "\ufeffa\ufeff"),
     "byte order mark before a later line": Row(A + BOM + B + DONE, "a", error="data: {"),
     "characters of several bytes": Row(framed(text("Привет \U0001f600")) + DONE, "Привет \U0001f600"),
     "a byte that is no UTF-8": Row(framed(text("a?b")).replace(b"?", b"\xff") + DONE, "a\ufffdb"),
-    "comments": Row(b": ping\n\n:\n" + A + b":ping\n\n" + DONE, "a"),
     **{
         f"field {line}": Row(line + b"\n\n" + line + b"\n" + A + B[:-1] + line + b"\n\n" + DONE, "ab")
-        for line in (b"event: message", b"event", b"id: 1", b"id:", b"retry: 100", b"retry")
+        for line in (b":", b": ping", b"event: message", b"event", b"id: 1", b"id:", b"retry: 100", b"retry")
     },
     "unknown fields before any text": Row(b"datum: 1\nfoo\n" + A + DONE, "a", warning=PARTLY + '"datum: 1"'),
-    **{
-        f"white space after the colon: {prefix}": Row((A + DONE).replace(b"data: ", prefix), "a")
-        for prefix in (b"data:", b"data:  ", b"data:\t")
-    },
-    "the name of the field in a text": Row(
-        framed(text("data: data:\ndata: [DONE]")) + DONE, "data: data:\ndata: [DONE]"
-    ),
+    **{f"{name}": Row((A + DONE).replace(b"data: ", name), "a") for name in (b"data:", b"data:  ", b"data:\t")},
+    "data: in a text": Row(framed(text("data: data:\ndata: [DONE]")) + DONE, "data: data:\ndata: [DONE]"),
     "no data": Row(b"data:\n\ndata: \n\ndata\n\n" + A + DONE, "a"),
-    "data without a colon": Row(b"data\n\n" + framed(text("a"), indent=1)[:-1] + b"data\n\n" + DONE, "a"),
-    **{
-        f"an event of many lines, {prefix}": Row(framed(text("a"), prefix, indent=1) + B + DONE, "ab")
-        for prefix in ("data: ", "data:")
-    },
-    "other fields within an event": Row(
-        b'data: {"choices":\n: ping\nid: 1\ndata: [{"delta": {"content": "a"}}]}\n\n' + DONE, "a"
-    ),
+    "data without a colon within an event": Row(b"data\n\n" + IN_LINES + b"data\n\n" + DONE, "a"),
+    "data: without a space within an event": Row(framed(text("a"), "data:", indent=1) + B + DONE, "ab"),
+    "other fields within an event": Row(IN_LINES.replace(b"\n", b"\n: ping\nid: 1\n") + b"\n" + B + DONE, "ab"),
     "last event without a blank line": Row(A + event(delta("b", "stop"))[:-1], "ab"),
     "last event without a line end": Row(A + event(delta("b", "stop"))[:-2], "ab"),
     "no blank lines": Row((A + B + DONE).replace(b"\n\n", b"\n"), "ab"),
-    "no blank line after many lines": Row(framed(text("a"), indent=1, blank=0) + B + DONE, "ab"),
-    "bare JSON": Row(f" {json.dumps(text('a'))}\n{json.dumps(text('b'))}\r\n\n[DONE]\n".encode() + B, "ab"),
-    "bare JSON among events": Row(A[:-1] + framed(text("b"), "") + A + framed(text("b"), "", blank=0) + DONE, "abab"),
-    "values in one line": Row(A[:-2] + B[6:-2] + b" [DONE]" + A[6:], "ab"),
+    "no blank line after many lines": Row(IN_LINES + B + DONE, "ab"),
+    "bare JSON": Row(b" " + BARE + BARE + b"\r\n\n[DONE]\n" + B, "bb"),
+    "bare JSON among events": Row(A[:-1] + BARE + A + BARE + DONE, "abab"),
+    "values in one line": Row(A[:-2] + BARE[:-1] + b" [DONE]" + BARE, "ab"),
     **{
-        f"whole completion, indent {indent}, {newline!r}": Row(
-            json.dumps(message("a\nb"), indent=indent).replace("\n", newline).encode(), "a\nb"
+        f"whole completion, {newline!r}": Row(
+            json.dumps(message("a"), indent=indent).replace("\n", newline).encode(), "a"
         )
-        for indent, newline in itertools.product([None, 2], ["\n", "\r\n", "\r", "\n\n"])
+        for indent, newline in ((None, ""), (2, "\n"), (2, "\r\n"), (2, "\r"), (2, "\n\n"))
     },
     "whole completion as an event": Row(event(message("a")), "a"),
-    "a tab in a string": Row(f"data: {RAW}".replace("%s", "\t").encode() + DONE, "a\tb"),
-    "a line end in a string": Row(b'{"choices": [{"message": {"content": "a\nb"}}]}', "a\nb"),
+    "a raw line end in a string": Row(body(message("a?b")).replace(b"?", b"\n"), "a\nb"),
     **{
         f"text {content!r} as it is": Row(stream(text(content)), content)
         for content in ("null", "0", "[DONE]", "{}", "<html>", " ", "\n", "\0", "\x1b[31m")
@@ -264,37 +248,32 @@ FRAMING = {
 
 LIMIT = "the answer may be cut short: it reached the model's limit (finish reason: "
 USUAL = (
-    *("stop", "normal", "eos", "eos_found", "eos_token", "stop_str", "stop_sequence", "end_turn", "completed"),
-    *("FINISH_REASON_STOP", "STOP", "<|eot_id|>", "<|im_end|>", "tool_calls", "function_call", None),
+    *("stop", "normal", "eos", "eos_found", "eos_token", "stop_str", "stop_sequence", "end_turn", "completed", None),
+    *("FINISH_REASON_STOP", "STOP", "<|eot_id|>", "<|im_end|>", "tool_calls", "function_call"),
 )
 UNUSUAL = ("content_filter", "abort", "error", "SAFETY", "FINISH_REASON_SAFETY", "abnormal", "<|odd|>", {"a": 1})
 NOTHING = (b"", b"\n\n", b"\r\n", BOM, DONE, b": ping\n\n", b"event: ping\n\n", b"id", b"data\n\n", b"  \n")
+REST = (B, event({"error": "b"}), b"<html>", b"\xff\xff", b"{", b"x" * 100, b"oh no\n")
 END = {
     **{f"{done}": Row(A + done, "a") for done in (DONE, b"data:[DONE]\n", b"[DONE]\r\n", b"data: [DONE]")},
-    **{
-        f"after [DONE], {rest[:9]}": Row(A + DONE + rest, "a")
-        for rest in (B, event({"error": "b"}), b"<html>", b"\xff\xff", b"{", b"x" * 100, b"oh no\n")
-    },
-    "after a [DONE] that was held": Row(framed(text("a"), indent=1, blank=0) + DONE[:-1] + framed(text("b"), ""), "a"),
+    **{f"after [DONE], {rest[:9]}": Row(A + DONE + rest, "a") for rest in REST},
+    "after a [DONE] that was held": Row(IN_LINES + DONE[:-1] + BARE, "a"),
     "neither [DONE] nor a reason": Row(A, "a", warning="cut short: the stream ended without finish reason or [DONE]"),
     "a reason": Row(event(delta("a", "stop")), "a"),
-    "a reason at the top": Row(event({**delta("a"), "finish_reason": "stop"}), "a"),
+    "a reason at the top": Row(event({**text("a"), "finish_reason": "stop"}), "a"),
     "a whole completion without a reason": Row(body(message("a", None)), "a"),
     **{f"usual reason {reason}": Row(stream(delta("a", reason)), "a") for reason in USUAL},
     **{
         f"unusual reason {reason}": Row(stream(delta("a", reason)), "a", warning=f"cut short (finish reason: {reason})")
         for reason in UNUSUAL
     },
-    **{
-        f"the limit, {reason}": Row(stream(delta("a", reason)), "a", warning=LIMIT + reason)
-        for reason in ("length", "max_tokens")
-    },
-    "the limit at the top": Row(event({**delta("a"), "finish_reason": "length"}), "a", warning=LIMIT + "length"),
+    "the limit": Row(stream(delta("a", "length")), "a", warning=LIMIT + "length"),
+    "the limit in other words": Row(stream(delta("a", "max_tokens")), "a", warning=LIMIT + "max_tokens"),
+    "the limit at the top": Row(event({**text("a"), "finish_reason": "length"}), "a", warning=LIMIT + "length"),
     "the limit of a completion": Row(body(message("a", "length")), "a", warning=LIMIT + "length"),
     **{f"nothing but {reply}": Row(reply, error=EMPTY) for reply in NOTHING},
-    "a reason and no text": Row(
-        stream(choice({}, "content_filter")),
-        error=f"{EMPTY} (finish reason: content_filter); the reply begins: data: {{",
+    "a reason without text": Row(
+        event(choice({}, "filter")), error=f"{EMPTY} (finish reason: filter); the reply begins: "
     ),
     "a whole completion without text": Row(body(message("")), error=EMPTY),
     "cut within an event": Row(A + B[:20], "a", error=INCOMPLETE + "the reply ends within an event"),
@@ -305,105 +284,83 @@ END = {
 
 PARTS = [{"type": "text", "text": "Once "}, {"type": "text", "text": "upon"}]
 PICTURE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+AGAIN = {"message": {"content": "Once upon"}}
 
 
-def counted(*pieces: str | None, start: int = 0) -> list[dict[str, Any]]:
-    """Chunks whose index counts them, up to the end."""
-    chunks = [choice({"content": piece} if piece else {}, index=index) for index, piece in enumerate(pieces, start)]
-    return [*chunks, choice({}, "stop", index=start + len(pieces))]
+def two_choices(first: str, second: str, **index: int) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": content}, **index} for content in (first, second)]}
 
 
 TEXTS = {
-    "index counts from 0": upon(*counted("On", "ce ", "up", "on")),
-    "index counts from 1": upon(ROLE, *counted("On", "ce ", "up", "on", start=1)),
-    "index counts, and no reason is sent": upon(*counted("On", "ce ", "up", "on")[:-1]),
-    "index counts, and the usage comes last": upon(*counted("Once ", "upon"), {"choices": [], "usage": USAGE}),
-    "index counts a chunk without text": upon(*counted("Once ", None, "upon")),
+    "index counts chunks": upon(
+        ROLE, *(choice({"content": c}, index=n) for n, c in enumerate(["Once ", "", "upon"], 3))
+    ),
     "index is no longer sent": upon(choice({"content": "Once "}, index=3), text("upon")),
-    "several choices": Row(
-        stream(*({"choices": [text(each)["choices"][0] for each in chunk]} for chunk in ("ax", "by"))), "ab"
-    ),
-    "several choices with an index": upon(
-        *(
-            {"choices": [{"index": n, "delta": {"content": t}} for n, t in enumerate(ts)]}
-            for ts in (["Once ", "x"], ["upon", "y"])
-        )
-    ),
-    "message beside a delta with a role": upon(choice({"role": "assistant"}, "stop", message={"content": "Once upon"})),
-    "message beside an empty delta": upon(choice({"content": ""}, "stop", message={"content": "Once upon"})),
-    "message beside a delta of null": upon(choice({"content": None}, "stop", message={"content": "Once upon"})),
+    "two choices without an index": upon(two_choices("Once ", "x"), two_choices("upon", "y")),
+    "two choices with an index": upon(two_choices("Once ", "x", index=0), two_choices("upon", "y", index=1)),
+    **{
+        f"message beside the delta {json.dumps(part)}": upon(choice(part, "stop", **AGAIN))
+        for part in ({"role": "assistant"}, {"content": ""}, {"content": None})
+    },
     "message in place of a delta": upon(message("Once ", None), message("upon")),
-    "delta.text": upon(choice({"text": "Once "}), choice({"text": "upon"}), STOP),
-    "choice.content": upon(choice(content="Once "), choice(content="upon"), STOP),
-    "choice.content in a whole reply": Row(
-        body(choice(content="Once upon")), "Once upon", warning="without finish reason"
-    ),
-    "choice.text": upon(choice(text="Once "), choice(text="upon"), STOP),
+    "delta.text": upon(choice({"text": "Once "}), choice({"text": "upon"})),
+    "choice.content": upon(choice(content="Once "), choice(content="upon")),
+    "choice.text": upon(choice(text="Once "), choice(text="upon")),
     "choice.text in a whole reply": Row(body(choice(None, "stop", text="Once upon")), "Once upon"),
-    "delta.refusal": upon(*(choice({"content": None, "refusal": words}) for words in ("Once ", "upon")), STOP),
+    "delta.refusal": upon(*(choice({"content": None, "refusal": words}) for words in ("Once ", "upon"))),
     "message.refusal": Row(body(message(None, refusal="Once upon")), "Once upon"),
-    "the same delta twice": Row(stream(delta("ha"), delta("ha"), STOP), "haha"),
-    "the whole message again, beside an empty delta": upon(
-        ONCE, UPON, choice({"role": "assistant", "content": ""}, "stop", message={"content": "Once upon"})
-    ),
+    "the same delta twice": Row(stream(delta("ha"), delta("ha")), "haha"),
     "the message so far in each chunk": upon(
-        choice({"content": "Once "}, message={"content": "Once "}),
-        choice({"content": "upon"}, message={"content": "Once upon"}),
-        choice({"content": ""}, "stop", message={"content": "Once upon"}),
+        choice({"content": "Once "}, message={"content": "Once "}), choice({"content": "upon"}, **AGAIN)
     ),
-    "the whole message again": upon(ONCE, UPON, message("Once upon")),
-    "the whole message again, after the end": upon(ONCE, UPON, STOP, message("Once upon")),
-    "the whole message again, as bare JSON": upon(ONCE, UPON, framed(message("Once upon"), prefix="")),
-    "the whole message again, in parts": upon(ONCE, UPON, message(PARTS)),
-    "parts": upon(choice({"content": PARTS}), STOP),
-    "parts, one in each chunk": upon(*(choice({"content": [part]}) for part in PARTS), STOP),
+    "the message again, beside an empty delta": upon(ONCE, UPON, choice({"content": ""}, "stop", **AGAIN)),
+    "the message again": upon(ONCE, UPON, message("Once upon")),
+    "the message again, after the end": upon(ONCE, UPON, STOP, message("Once upon")),
+    "the message again, as bare JSON": upon(ONCE, UPON, framed(message("Once upon"), prefix="")),
+    "the message again, in parts": upon(ONCE, UPON, message(PARTS)),
+    "parts": upon(choice({"content": PARTS})),
+    "parts, one in each chunk": upon(*(choice({"content": [part]}) for part in PARTS)),
     "parts in a whole reply": Row(body(message(PARTS)), "Once upon"),
-    "no parts": upon(choice({"content": []}), ONCE_UPON, STOP),
-    "parts, one of them a picture": upon(choice({"content": [*PARTS, PICTURE]}), STOP, warning=f"{PARTLY} … image_url"),
+    "parts, one of them a picture": upon(choice({"content": [*PARTS, PICTURE]}), warning=f"{PARTLY} … image_url"),
     "a list around a completion": Row(body([message("Once upon")]), "Once upon"),
     "a list around each chunk": upon([ONCE], [UPON], [STOP]),
 }
 
-# Halves of characters: servers that cut text by UTF-16 units end a chunk with one half and begin the next with the other
+# Halves of characters: servers that cut text by UTF-16 units end a chunk with one half, and begin another with the other
 
-HIGH, LOW = "\ud83d", "\ude00"
+HIGH, LOW, FACE = "\ud83d", "\ude00", "\U0001f600"
+BETWEEN: dict[str, Any] = {
+    "no choices": {"choices": []},
+    "an empty delta": choice({}),
+    "a comment": b": ping\n\n",
+    "a message": choice({}, message={"content": "a"}),
+}
 HALVES = {
     **{
-        f"in two chunks, {name} between": Row(
-            stream(delta(f"a{HIGH}"), *between, delta(f"{LOW}b"), STOP), "a\U0001f600b"
+        ascii(halves): Row(stream(*map(text, halves)), whole)
+        for halves, whole in (
+            *(
+                ((f"a{HIGH}", f"{LOW}b"), f"a{FACE}b"),
+                ((HIGH,), "\ufffd"),
+                ((LOW,), "\ufffd"),
+                ((HIGH, "a"), "\ufffda"),
+            ),
+            *(((LOW, HIGH), "\ufffd\ufffd"), ((HIGH, HIGH, LOW), f"\ufffd{FACE}"), ((f"{HIGH}a",), "\ufffda")),
+            ((f"{HIGH}{LOW}{HIGH}", LOW), f"{FACE}{FACE}"),
         )
-        for name, between in {
-            "nothing": [],
-            "no choices": [{"choices": []}],
-            "an empty delta": [choice({})],
-            "a comment": [b": ping\n\n"],
-            "a message": [choice({}, message={"content": "a"})],
-        }.items()
     },
-    "the second with the finish reason": Row(stream(text(HIGH), delta(LOW, "stop")), "\U0001f600"),
-    "one of them in parts": Row(stream(text(HIGH), choice({"content": [{"type": "text", "text": LOW}]})), "\U0001f600"),
     **{
-        f"{halves!a}": Row(stream(*map(text, halves)), joined)
-        for halves, joined in {
-            (HIGH,): "\ufffd",
-            (LOW,): "\ufffd",
-            (LOW, HIGH): "\ufffd\ufffd",
-            (HIGH, HIGH, LOW): "\ufffd\U0001f600",
-            (HIGH, "a"): "\ufffda",
-            (f"{HIGH}a",): "\ufffda",
-            (f"{HIGH}{LOW}{HIGH}", LOW): "\U0001f600\U0001f600",
-        }.items()
+        f"{name} between": Row(stream(text(f"a{HIGH}"), value, text(LOW)), f"a{FACE}")
+        for name, value in BETWEEN.items()
     },
-    "half a character at the end": Row(event(delta(f"a{HIGH}", "stop")), "a\ufffd"),
-    "reasoning in two chunks": Row(stream(thought(f"a{HIGH}"), thought(LOW), text("b")), "b", reasoning="a\U0001f600"),
-    "reasoning that ends in half a character": Row(stream(thought(f"a{HIGH}"), text("Hi")), "Hi", reasoning="a\ufffd"),
-    "reasoning that ends in half a character, and text that begins with one": Row(
-        stream(thought(f"a{HIGH}"), text(f"{LOW}b")), "\ufffdb", reasoning="a\ufffd"
-    ),
-    "reasoning and text in turns": Row(
-        stream(thought(HIGH), text(HIGH), thought(LOW), text(LOW)), "\U0001f600", reasoning="\U0001f600"
-    ),
-    "both halves in <think>": Row(stream(text(f"<think>{HIGH}"), text(f"{LOW}</think>a")), "a", reasoning="\U0001f600"),
+    "reasoning between": Row(stream(text(f"a{HIGH}"), thought("b"), text(LOW)), f"a{FACE}", reasoning="b"),
+    "the second with a finish reason": Row(stream(text(HIGH), delta(LOW, "stop")), FACE),
+    "the second in parts": Row(stream(text(HIGH), choice({"content": [{"type": "text", "text": LOW}]})), FACE),
+    "one half with a finish reason": Row(event(delta(f"a{HIGH}", "stop")), "a\ufffd"),
+    "of reasoning": Row(stream(thought(f"a{HIGH}"), thought(LOW), text("b")), "b", reasoning=f"a{FACE}"),
+    "one half of reasoning": Row(stream(thought(f"a{HIGH}"), text("Hi")), "Hi", reasoning="a\ufffd"),
+    "one half of each": Row(stream(thought(f"a{HIGH}"), text(f"{LOW}b")), "\ufffdb", reasoning="a\ufffd"),
+    "in <think>": Row(stream(text(f"<think>{HIGH}"), text(f"{LOW}</think>a")), "a", reasoning=FACE),
 }
 
 # What holds nothing and says nothing
@@ -424,6 +381,7 @@ HARMLESS_VALUES: dict[str, Any] = {
     "a delta with a role": choice({"role": "assistant"}),
     "a delta of nulls": choice(dict.fromkeys(["content", "refusal", "tool_calls", "reasoning_content"])),
     "a delta with no calls": choice({"content": "", "tool_calls": [], "function_call": None}),
+    "no parts": choice({"content": []}),
     "log probabilities": choice({"content": ""}, logprobs={"content": []}),
     "reasons to stop": choice({"content": ""}, stop_reason=None, native_finish_reason=None, matched_stop=128009),
     "timings": {"choices": [], "usage": USAGE, "timings": {"predicted_ms": 7.5}},
@@ -468,62 +426,79 @@ FOREIGN_VALUES: dict[str, Any] = {
     "content of numbers": {"choices": [{"delta": {"content": [1]}}]},
     "a picture": choice({"content": "", "images": [{"data": "abc"}]}),
 }
-LOST = {"status": "failed", "error_message": "no GPU", "request_id": "7"}
+# Whole replies of other kinds of servers
+SHAPES: dict[str, Any] = {
+    "Anthropic": {"id": "msg_1", "content": [{"type": "text", "text": "Once"}], "stop_reason": "end_turn"},
+    "Anthropic, a stream": {"type": "message_start", "message": {"id": "msg_1", "role": "assistant", "content": []}},
+    "OpenAI's Responses": {
+        "id": "r1",
+        "error": None,
+        "output": [{"content": [{"type": "output_text", "text": "Once"}]}],
+    },
+    "Cohere": {"response_id": "r1", "text": "Once", "generation_id": "g1", "finish_reason": "COMPLETE"},
+    "Cohere, version 2": {"id": "c1", "message": {"content": [{"text": "Once"}]}, "finish_reason": "COMPLETE"},
+    "DashScope": {"output": {"text": "Once", "finish_reason": "stop"}, "usage": USAGE, "request_id": "d1"},
+    "Workers AI": {"result": {"response": "Once"}, "success": True, "errors": [], "messages": []},
+    "Baidu": {"id": "as-1", "object": "chat.completion", "created": 1, "result": "Once", "usage": USAGE},
+    "Gemini": {"candidates": [{"content": {"parts": [{"text": "Once"}], "role": "model"}, "finishReason": "STOP"}]},
+    "Ollama": {"model": "llama", "message": {"role": "assistant", "content": "Once"}, "done": True},
+    "text-generation-inference": {"generated_text": "Once"},
+    "none": {"status": "failed", "error_message": "no GPU", "request_id": "7"},
+}
+NO_JSON = ("hello", "{'choices': []}", '{"choices": [}', "[DONE", "[done]", "-", '{"a": 1', '{"choices": []} and more')
 OBJECT = FOREIGN_VALUES["an object"]
 FOREIGN = {
     **{f"{name}, within": upon(ONCE, value, UPON, STOP, warning=PARTLY) for name, value in FOREIGN_VALUES.items()},
     **{f"{name}, alone": Row(stream(ROLE, value, STOP), error=UNREAD) for name, value in FOREIGN_VALUES.items()},
-    "an object, quoted": upon(ONCE, OBJECT, UPON, STOP, warning=PARTLY + body(OBJECT).decode()),
+    "an object, quoted": upon(ONCE, OBJECT, UPON, STOP, warning=PARTLY + '{"answer": "a time"}'),
     "a string, quoted": upon(ONCE, "a time", UPON, STOP, warning=PARTLY + '"a time"'),
     "first": upon(OBJECT, ONCE_UPON, STOP, warning=f"{PARTLY} … a time"),
     "last": upon(ONCE_UPON, OBJECT, warning=f"{PARTLY} … a time"),
     "after the end": upon(ONCE_UPON, STOP, OBJECT, warning=f"{PARTLY} … a time"),
-    "several": upon(ONCE, {"answer": "one"}, 42, UPON, {"result": "two"}, STOP, warning=PARTLY + '{"answer": "one"}'),
-    "an answer of none": Row(stream(LOST), error=f'{UNREAD}{{"status": "failed" … no GPU'),
-    "an answer of none, as a whole reply": Row(body(LOST), error=f'{UNREAD}{{"status": "failed" … no GPU'),
+    "several": upon(ONCE, OBJECT, 42, UPON, {"result": "two"}, STOP, warning=PARTLY + '{"answer": "a time"}'),
     **{
-        f"no JSON: {words}": Row(A + f"data: {words}\n\n".encode() + B, "a", error=UNREAD + words)
-        for words in ("hello", "{'choices': []}", '{"choices": [}', "[DONE", "[done]", "-", '{"a": 1')
+        f"{name}, {framing.__name__}": Row(framing(value), error=f" begins: … {json.dumps(value)[:24]}")
+        for name, value in SHAPES.items()
+        for framing in (body, stream)
     },
-    "JSON and more": Row(A + b'data: {"choices": []} and more\n\n' + B, "a", error=f"{UNREAD}and more"),
+    **{
+        f"no JSON: {words}": Row(A + f"data: {words}\n\n".encode() + B, "a", error=f"{UNREAD} … {words[-8:]}")
+        for words in NO_JSON
+    },
     "plain text": Row(b"\nUpstream is down\nGoodbye\n", error="Upstream is down"),
-    "a web page": Row(
-        b"<!DOCTYPE html>\n<html>\n\n<head><title>Just a moment...</title></head>\ndata: {}\n</html>",
-        error="answered with a web page titled: Just a moment...",
-    ),
+    "a web page": Row(b"<html>\n\n<head><title>Oh</title>\ndata: {}", error="answered with a web page titled: Oh"),
     "a web page in the middle": Row(A + b"<html><title>Oh</title>", "a", error="answered with a web page titled: Oh"),
 }
 
 # Errors in a reply of status 200
 
 ERROR = {"code": 502, "message": "no GPU"}
-BESIDE: dict[str, dict[str, Any]] = {
-    "error": {"error": ERROR},
-    "errors": {"errors": [{"message": "no GPU"}]},
-    "errors of words": {"errors": ["no GPU"]},
-    "message and code": {"message": "no GPU", "code": 503},
-}
+BESIDE = [
+    {"error": ERROR},
+    {"errors": [{"message": "no GPU"}]},
+    {"errors": ["no GPU"]},
+    {"message": "no GPU", "code": 503},
+]
 REPORTS: dict[str, Any] = {
     "an error": {"error": {"message": "no GPU"}},
     "an error of words": {"error": "no GPU"},
     "an error beside text": {"error": ERROR, **text("b")},
+    "an error and a message": {"error": "Forbidden", "message": "no GPU", "statusCode": 403},
     **{f"in the choice, {reason}": choice({}, reason, error=ERROR) for reason in (None, "stop", "error")},
     **{f"in the delta, {reason}": choice({"error": ERROR}, reason) for reason in (None, "stop", "error")},
     "in the choice, as words": choice({"content": ""}, "error", error="no GPU"),
     "in the choice, without a delta": choice(None, "error", error=ERROR),
-    **{f"choices null and {name}": {"id": "1", "choices": None, **beside} for name, beside in BESIDE.items()},
-    **{f"choices empty and {name}": {"id": "1", "choices": [], **beside} for name, beside in BESIDE.items()},
+    **{f"choices null and {[*beside.values()]}": {"id": "1", "choices": None, **beside} for beside in BESIDE},
+    **{f"choices empty and {[*beside.values()]}": {"id": "1", "choices": [], **beside} for beside in BESIDE},
 }
-# What says that the server or a proxy in front of it has died
+# What a server says that dies, or a proxy in front of it
 NAMED = b"event: error\ndata: "
 DEATHS: dict[str, Any] = {
-    "event: error, an object": NAMED + b'{"message": "no GPU"}\n\n',
-    "event: error, detail": NAMED + b'{"code": 500, "detail": "no GPU"}\n\n',
-    "event: error, any object": b'event:error\ndata: {"status": "no GPU"}\n\n',
+    "event: error, an object": NAMED + b'{"code": 500, "detail": "no GPU"}\n\n',
+    "event: error, no spaces": b'event:error\ndata:{"status": "no GPU"}\n\n',
     "event: error, a string": NAMED + b'"no GPU"\n\n',
     "event: error, a chunk": NAMED + b'{"choices": [], "reason": "no GPU"}\n\n',
     "event: error, text": b"event: error\n" + event(delta("no GPU")),
-    "event: error, usage": NAMED + b'{"usage": {"total_tokens": 0}, "reason": "no GPU"}\n\n',
     "event: error, words": NAMED + b"no GPU\n\n",
     "event: error, in lines": NAMED + b'{"message":\ndata:  "no GPU"}\n\n',
     "event: error, other fields": b'id: 7\nevent: error\nretry: 9\ndata: {"message": "no GPU"}\n\n',
@@ -538,6 +513,7 @@ DEATHS: dict[str, Any] = {
     "in x_groq, with a reason": {**choice({}, "stop"), "x_groq": {"id": "req_1", "error": {"message": "no GPU"}}},
     "in x_groq, without choices": {"choices": [], "x_groq": {"error": ERROR}},
 }
+NAMELESS = {"no data": b"event: error\n\n", "{}": NAMED + b"{}\n\n", "null": NAMED + b"null\n\n"}
 # What is an error only if there is no text
 UNCLEAR: dict[str, Any] = {
     "base_resp": {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "no GPU"}},
@@ -545,86 +521,25 @@ UNCLEAR: dict[str, Any] = {
     "message": {"message": "no GPU"},
 }
 FILTER = {"content_filter_results": {"error": {"code": "content_filter_error", "message": "timed out"}}}
-WORDS: dict[str, dict[str, Any]] = {
-    "Forbidden: region blocked": {"message": "region blocked", "error": "Forbidden", "statusCode": 403},
-    'Bad Request: ["a is no text", "b is missing"]': {
-        "error": "Bad Request",
-        "message": ["a is no text", "b is missing"],
-    },
-    "region blocked": {"error": True, "message": "region blocked"},
-    "region blocked: by the operator": {"error": {"message": "region blocked"}, "detail": "by the operator"},
-}
 ERRORS = {
-    **{f"{name}, first": Row(stream(value), error=f"{REPORTED}no GPU") for name, value in REPORTS.items()},
+    **{f"{name}, first": Row(stream(value), error=f"{REPORTED} … no GPU") for name, value in REPORTS.items()},
     **{
-        f"{name}, later": Row(stream(text("a"), value, B), "a", error=f"{REPORTED}no GPU")
+        f"{name}, later": Row(A + events(value) + B, "a", error=f"{REPORTED} … no GPU")
         for name, value in REPORTS.items()
     },
-    **{f"{name}, as a whole reply": Row(body(value), error=f"{REPORTED}no GPU") for name, value in REPORTS.items()},
-    "in the message": Row(body(message("", "error", error=ERROR)), error=f"{REPORTED}no GPU"),
+    **{f"{name}, as a whole reply": Row(body(value), error=f"{REPORTED} … no GPU") for name, value in REPORTS.items()},
+    "in the message": Row(body(message("", "error", error=ERROR)), error=f"{REPORTED} … no GPU"),
     **{f"{name}, first": Row(events(value), error="no GPU") for name, value in {**DEATHS, **UNCLEAR}.items()},
     **{f"{name}, later": Row(A + events(value), "a", error="no GPU") for name, value in DEATHS.items()},
-    **{
-        f"{name}, later": Row(stream(text("a"), value), "a", warning=f"{PARTLY} … no GPU")
-        for name, value in UNCLEAR.items()
-    },
-    "a server error in the middle": Row(
-        A + b"Internal Server Error\n", "a", error=f"{INCOMPLETE} … Internal Server Error"
-    ),
-    "event: error, {}, first": Row(NAMED + b"{}\n\n", error="error"),
-    "event: error, {}, later": Row(A + NAMED + b"{}\n\n" + DONE, "a", error="error"),
-    "event: error, no data, first": Row(b"event: error\n\n", error="error"),
-    "event: error, no data, later": Row(A + b"event: error\n\n" + DONE, "a", error="error"),
+    **{f"{name}, later": Row(A + stream(v), "a", warning=f"{PARTLY} … no GPU") for name, v in UNCLEAR.items()},
+    **{f"event: error, {name}, first": Row(value, error="error") for name, value in NAMELESS.items()},
+    **{f"event: error, {name}, later": Row(A + value + DONE, "a", error="error") for name, value in NAMELESS.items()},
+    "the last words of a server": Row(A + b"Server Error\n", "a", error=f"{INCOMPLETE} … Server Error"),
     "of a filter, without text": Row(stream(choice({"content": ""}, **FILTER)), error="timed out"),
     "of a filter, beside text": Row(stream(choice({"content": "a"}, **FILTER)), "a"),
-    **{f"words: {words}": Row(stream(value), error=REPORTED + words) for words, value in WORDS.items()},
 }
 
-# Whole replies of other kinds of servers
-
-OTHER_SHAPES: dict[str, Any] = {
-    "Anthropic": {
-        "id": "msg_1",
-        "type": "message",
-        "content": [{"type": "text", "text": "Once"}],
-        "stop_reason": "end_turn",
-    },
-    "OpenAI's Responses": {
-        "id": "resp_1",
-        "object": "response",
-        "status": "completed",
-        "error": None,
-        "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Once"}]}],
-    },
-    "Cohere": {"response_id": "r1", "text": "Once", "generation_id": "g1", "finish_reason": "COMPLETE"},
-    "Cohere, version 2": {
-        "id": "c1",
-        "finish_reason": "COMPLETE",
-        "message": {"role": "assistant", "content": [{"type": "text", "text": "Once"}]},
-    },
-    "DashScope": {"output": {"text": "Once", "finish_reason": "stop"}, "usage": USAGE, "request_id": "d1"},
-    "Workers AI": {"result": {"response": "Once"}, "success": True, "errors": [], "messages": []},
-    "Baidu": {"id": "as-1", "object": "chat.completion", "created": 1, "result": "Once", "usage": USAGE},
-    "Gemini": {"candidates": [{"content": {"parts": [{"text": "Once"}], "role": "model"}, "finishReason": "STOP"}]},
-    "Ollama": {"model": "llama", "message": {"role": "assistant", "content": "Once"}, "done": True},
-    "text-generation-inference": {"generated_text": "Once"},
-}
-ANTHROPIC_EVENTS = [
-    {"type": "message_start", "message": {"id": "msg_1", "role": "assistant", "content": []}},
-    {"type": "ping"},
-    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Once"}},
-    {"type": "message_stop"},
-]
-OTHERS = {
-    **{
-        f"{name}, {framing}": Row(reply, error=f" begins: … {json.dumps(value)[:24]}")
-        for name, value in OTHER_SHAPES.items()
-        for framing, reply in {"body": body(value), "event": stream(value), "list": body([value])}.items()
-    },
-    "a stream of Anthropic": Row(stream(*ANTHROPIC_EVENTS), error=' begins: … {"type": "message_start"'),
-}
-
-# Reasoning, and tools and schemas beside it
+# Reasoning, and the tools and schemas beside it
 
 
 def now() -> str:
@@ -633,105 +548,90 @@ def now() -> str:
 
 
 SEE = "Let me see."
-THINK = f"<think>{SEE}</think>Once upon"
 NOW, NOW_TAG = '{"name": "now", "parameters": {}}', '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 TOOLS = {"tools": [llm.Tool.function(now)]}
 DOG = {"schema": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}}
-CLEO = '{"name": "Cleo"}'
+TAGS = (("<think>", "</think>"), ("<scratch_pad>", "</scratch_pad>"))
+SPACED = (("<think>\n", "\n</think>\n\n"), ("\n<think>", "</think>\n"))
+FIELDS = ("reasoning_content", "reasoning")
+
+
+def reasoned(*values: Any, answer: str = "Once upon", reasoning: str = SEE, **fields: Any) -> Row:
+    """A row whose reply is a stream of these values, or of the characters of a string."""
+    chunks = map(delta, values[0]) if isinstance(values[0], str) else values
+    return Row(stream(*chunks), answer, reasoning=reasoning, **fields)
+
+
+REASONING_ALONE = {
+    **{f"delta.{name}": stream(thought(SEE, name), STOP) for name in FIELDS},
+    **{f"message.{name}": body(message("", **{name: SEE})) for name in FIELDS},
+    "at the limit": stream(thought(SEE), choice({}, "length")),
+    "<think>": stream(delta(f"<think>{SEE}</think>")),
+    "<think> without an end": stream(delta(f"<think>{SEE}")),
+}
+CALLED = {"answer": "", "calls": [("now", {})], "given": TOOLS}
 REASONING = {
+    **{f"{name}, alone": Row(reply, "", "some reasoning", "", SEE) for name, reply in REASONING_ALONE.items()},
+    **{f"delta.{name}": reasoned(thought("Let me ", name), thought("see.", name), ONCE, UPON) for name in FIELDS},
     **{
-        f"{name} in {place}": row
-        for name in ("reasoning_content", "reasoning")
-        for place, row in {
-            "deltas": upon(thought("Let me ", name), thought("see.", name), ONCE, UPON, STOP, reasoning=SEE),
-            "a message": Row(body(message("Once upon", **{name: SEE})), "Once upon", reasoning=SEE),
-            "deltas, alone": Row(stream(thought(SEE, name), STOP), error="after some reasoning", reasoning=SEE),
-            "a message, alone": Row(body(message("", **{name: SEE})), error="after some reasoning", reasoning=SEE),
-        }.items()
+        f"message.{name}": Row(body(message("Once upon", **{name: SEE})), "Once upon", reasoning=SEE) for name in FIELDS
     },
-    "alone, at the limit": Row(stream(thought(SEE), choice({}, "length")), error="reasoning … length", reasoning=SEE),
-    "both names for the same": upon(choice({"reasoning": SEE, "reasoning_content": SEE}), ONCE_UPON, reasoning=SEE),
-    "beside text": upon(choice({"reasoning_content": SEE, "content": "Once upon"}), STOP, reasoning=SEE),
-    "beside an empty text": upon(choice({"reasoning": SEE, "content": ""}), ONCE_UPON, reasoning=SEE),
-    "the same again, each time beside text": upon(
-        *(choice({"content": words, "reasoning": "Ha"}) for words in ("On", "ce ", "up", "on")), reasoning="HaHaHaHa"
+    "both names for the same": reasoned(choice(dict.fromkeys(FIELDS, SEE)), ONCE_UPON),
+    "beside text": reasoned(choice({"reasoning_content": SEE, "content": "Once upon"})),
+    "beside an empty text": reasoned(choice({"reasoning": SEE, "content": ""}), ONCE_UPON),
+    "the same twice, beside text": reasoned(
+        *(choice({"content": words, "reasoning": "Ha"}) for words in ("Once ", "upon")), reasoning="HaHa"
     ),
-    "empty": upon(choice({"reasoning": "", "content": "Once upon"}), STOP),
-    "between texts": upon(ONCE, thought(SEE), UPON, STOP, reasoning=SEE),
-    "again in the whole message": upon(
-        thought(SEE), ONCE_UPON, message("Once upon", reasoning_content=SEE), reasoning=SEE
+    "empty": upon(choice({"reasoning": "", "content": "Once upon"})),
+    "between texts": reasoned(ONCE, thought(SEE), UPON),
+    "again in the whole message": reasoned(thought(SEE), ONCE_UPON, message("Once upon", reasoning_content=SEE)),
+    "<think> in a whole reply": Row(body(message(f"<think>{SEE}</think>Once")), "Once", reasoning=SEE),
+    **{f"{start!r} … {end!r}": reasoned(f"{start}{SEE}{end}Once upon") for start, end in (*TAGS, *SPACED)},
+    "<think>, smaller-than in it": reasoned(
+        "<think>a < </thin </ <think></think>b", answer="b", reasoning="a < </thin </ <think>"
     ),
-    "<think> in a whole reply": Row(body(message(THINK)), "Once upon", reasoning=SEE),
+    "<think> again": reasoned(f"<think>{SEE}</think>a <think>b</think>.", answer="a <think>b</think>."),
     **{
-        f"{start!r} … {end!r}": upon(*map(delta, f"{start}{SEE}{end}Once upon"), STOP, reasoning=SEE)
-        for start, end in (
-            *(("<think>", "</think>"), ("<scratch_pad>", "</scratch_pad>")),
-            *(("<think>\n", "\n</think>\n\n"), ("\n<think>", "</think>\n")),
-        )
-    },
-    "<think>, smaller-than in it": Row(
-        stream(*map(delta, "<think>a < b </thin </ <think></think>Once")), "Once", reasoning="a < b </thin </ <think>"
-    ),
-    "<think>, alone": Row(stream(delta(f"<think>{SEE}</think>")), error="after some reasoning", reasoning=SEE),
-    "<think> without an end": Row(stream(delta(f"<think>{SEE}")), error="after some reasoning", reasoning=SEE),
-    "<think> again": Row(stream(delta(f"{THINK} <think>b</think>.")), "Once upon <think>b</think>.", reasoning=SEE),
-    **{
-        f"no reasoning: {words}": Row(stream(*map(delta, words)), words)
+        f"no reasoning: {words}": reasoned(words, answer=words, reasoning="")
         for words in ("Use <think>this</think> tag.", "<thinking>Once", "<thin", "Once</think> upon")
     },
     **{
-        f"a call in <{tag}> is none": Row(
-            stream(*map(delta, f"<{tag}>I could write {NOW_TAG}.</{tag}>\nIt is late.")),
-            "It is late.",
-            reasoning=f"I could write {NOW_TAG}.",
-            given=TOOLS,
-        )
-        for tag in ("think", "scratch_pad")
+        f"a call in {start}": reasoned(f"{start}{NOW_TAG}{end}a", answer="a", reasoning=NOW_TAG, given=TOOLS)
+        for start, end in TAGS
     },
     **{
-        f"a call after <{tag}>: {call[:9]}": Row(
-            stream(*map(delta, f"<{tag}>{SEE}</{tag}>\n{call}")), reasoning=SEE, calls=[("now", {})], given=TOOLS
-        )
-        for tag, call in itertools.product(("think", "scratch_pad"), (NOW_TAG, NOW))
+        f"after {end}, {call[:9]}": reasoned(f"{start}{SEE}{end}\n{call}", **CALLED)
+        for (start, end), call in itertools.product(TAGS, (NOW_TAG, NOW))
     },
-    "a call after reasoning in a field": Row(
-        stream(thought(SEE), delta(NOW), STOP), reasoning=SEE, calls=[("now", {})], given=TOOLS
-    ),
-    "JSON in <think> is no answer": Row(
-        stream(*map(delta, f'<think>{{"name": "Rex"}}?</think>\n{CLEO}')), CLEO, reasoning='{"name": "Rex"}?', given=DOG
+    "a call after reasoning in a field": reasoned(thought(SEE), delta(NOW), **CALLED),
+    "JSON in <think>": reasoned(
+        '<think>{"name": 7}</think>\n{"name": "Cleo"}', answer='{"name": "Cleo"}', reasoning='{"name": 7}', given=DOG
     ),
 }
 
 # Tool calls in OpenAI's own fields: no `tools` field was sent, so they are not understood
 
 CALL = {"index": 0, "id": "call_0", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-PIECES = [
-    {**CALL, "function": {"name": "now", "arguments": ""}},
-    *({"index": 0, "function": {"arguments": piece}} for piece in "{}"),
-]
+PIECES = [{**CALL, "function": {"name": "now", "arguments": "{"}}, {"index": 0, "function": {"arguments": "}"}}]
 NATIVE_CALLS = {
     "in one chunk": [choice({"tool_calls": [CALL]}), choice({}, "tool_calls")],
     "in pieces": [*(choice({"tool_calls": [piece]}) for piece in PIECES), choice({}, "tool_calls")],
     "with the reason": [choice({"content": None, "tool_calls": [CALL]}, "tool_calls")],
     "as a function_call": [choice({"function_call": CALL["function"]}), choice({}, "function_call")],
+    "in a message": [message(None, "tool_calls", tool_calls=[CALL])],
 }
 NATIVE = {
     **{f"{name}, alone": Row(stream(*chunks), error=f"{UNREAD} … now") for name, chunks in NATIVE_CALLS.items()},
     **{
         f"{name}, after text": upon(ONCE_UPON, *chunks, warning=f"{PARTLY} … now")
-        for name, chunks in NATIVE_CALLS.items()
+        for name, chunks in [*NATIVE_CALLS.items()][:-1]
     },
     "of a tool that was given": upon(ONCE_UPON, choice({"tool_calls": [CALL]}), warning=f"{PARTLY} … now", given=TOOLS),
-    "in a whole reply": Row(body(message(None, "tool_calls", tool_calls=[CALL])), error=f"{UNREAD} … now"),
-    "in a whole reply, beside text": Row(
-        body(message("Once upon", "tool_calls", tool_calls=[CALL])), "Once upon", warning=f"{PARTLY} … now"
-    ),
+    "in a message, beside text": upon(message("Once upon", tool_calls=[CALL]), warning=f"{PARTLY} … now"),
 }
 
-SECTIONS = {
-    **{"framing": FRAMING, "end": END, "text": TEXTS, "halves": HALVES, "harmless": HARMLESS, "foreign": FOREIGN},
-    **{"error": ERRORS, "other": OTHERS, "reasoning": REASONING, "native call": NATIVE},
-}
+SECTIONS = {"framing": FRAMING, "end": END, "text": TEXTS, "halves": HALVES, "harmless": HARMLESS, "foreign": FOREIGN}
+SECTIONS |= {"error": ERRORS, "reasoning": REASONING, "native call": NATIVE}
 ROWS = {f"{section}: {name}": row for section, rows in SECTIONS.items() for name, row in rows.items()}
 
 
@@ -745,38 +645,27 @@ def test_reply(row: Row) -> None:
         read(*pieces, **row.given).check(row)
 
 
-OVER_SOCKETS = (
-    *("framing: lines end at CRLF", "framing: bare JSON", "framing: whole completion, indent 2, '\\n'"),
-    *("end: nothing but b''", "end: unusual reason content_filter", "end: the limit, length"),
-    *("text: the whole message again", "halves: in two chunks, nothing between", "foreign: an object, quoted"),
-    *(
-        "foreign: no JSON: hello",
-        "foreign: a web page",
-        "error: an error, later",
-        "error: a server error in the middle",
-    ),
-    *(
-        "reasoning: reasoning_content in deltas",
-        "reasoning: '<think>' … '</think>'",
-        "native call: in one chunk, after text",
-    ),
-)
+OVER_SOCKETS = [
+    *(FRAMING[name] for name in ("lines end at b'\\r\\n'", "bare JSON", "whole completion, '\\n'")),
+    *(END[name] for name in ("nothing but b''", "unusual reason abort", "the limit", "neither [DONE] nor a reason")),
+    *(TEXTS["the message again"], HALVES["reasoning between"], NATIVE["in one chunk, after text"]),
+    *(FOREIGN[name] for name in ("an object, quoted", "no JSON: hello", "a web page")),
+    *(ERRORS[name] for name in ("an error, later", "event: error, text, later", "a line of words, later")),
+    *(REASONING[name] for name in ("delta.reasoning", "'<think>' … '</think>'")),
+]
 
 
-@pytest.mark.parametrize("name", OVER_SOCKETS)
-def test_reply_over_a_connection(name: str, ask: Ask, server: Loopback) -> None:
+@pytest.mark.parametrize("row", OVER_SOCKETS)
+def test_reply_over_a_connection(row: Row, ask: Ask, server: Loopback) -> None:
     """The same over a real connection, sync and async, with the warnings in the log."""
-    row = ROWS[name]
     server.answer = say(row.reply.splitlines(keepends=True))
     outcome = Outcome()
     with Warnings() as outcome.warnings:
         answer = ask()
-    outcome.parts = [("text", "".join(answer.chunks))]
     outcome.error = answer.line if answer.error else ""
-    if not answer.error:
-        outcome.parts = [
-            ("reasoning" if isinstance(p, ReasoningPart) else "text", p.text) for p in parts_of(answer.response)
-        ]
+    parts = [] if answer.error else parts_of(answer.response)
+    outcome.parts = [("reasoning", part.text) for part in parts if isinstance(part, ReasoningPart)]
+    outcome.parts += [("text", chunk) for chunk in answer.chunks]
     outcome.check(row)
     assert len(server.requests) == 1
 
@@ -872,7 +761,7 @@ def test_reasoning_on_the_command_line(kind: list[str], server: Loopback) -> Non
 
 def test_reasoning_is_a_part_of_its_own(ask: Ask, server: Loopback) -> None:
     """`llm` has the reasoning before the text, and the text without it."""
-    server.answer = say([stream(delta(THINK), STOP)])
+    server.answer = say([stream(delta(f"<think>{SEE}</think>Once upon"))])
     assert [(type(p), p.text) for p in parts_of(ask().response)] == [(ReasoningPart, SEE), (TextPart, "Once upon")]
 
 
