@@ -16,13 +16,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Answer, Ask, Chain, invoke
+from conftest import CLEO, DOG, NOW_TAG, Answer, Ask, Chain, invoke, now, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llm.parts import ReasoningPart, TextPart
 from loopback import DONE, Loopback, delta, event, say
-from test_schemas import CLEO, DOG
-from test_tools import NOW_TAG, now, texts
 
 MORE_EXAMPLES = os.environ.get("LLM_AUTONOMOUS_EXAMPLES")
 STOP = delta(finish_reason="stop")

@@ -8,19 +8,28 @@ import sys
 from typing import Any, Literal
 
 import pytest
-from conftest import Ask, Chain, Start, ask_sync, finish, get_model, invoke
+from conftest import (
+    CLEO,
+    DOG,
+    NOW_TAG,
+    Ask,
+    Chain,
+    Start,
+    ask_sync,
+    cut,
+    finish,
+    get_model,
+    invoke,
+    now,
+    refuse,
+    run,
+    texts,
+)
 from loopback import ENDPOINTS, Loopback, speak
 from pydantic import BaseModel
-from test_tools import NOW_TAG, cut, now, refuse, texts
 
 from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, schema_instructions
 
-DOG = {
-    "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
-    "required": ["name", "age"],
-}
-CLEO = '{"name": "Cleo", "age": 4}'
 REX = '{"name": "Rex, the larger one", "age": 1}'
 DOGS = {"type": "object", "properties": {"items": {"type": "array", "items": DOG}}, "required": ["items"]}
 TREE = {
@@ -419,12 +428,6 @@ def test_broken_call_beside_json_gives_one_value(chain: Chain, server: Loopback)
 
 
 # The command line, and Python's classes
-
-
-def run(*arguments: str) -> str:
-    stdout, stderr, code = invoke(*arguments)
-    assert (stderr, code) == ("", 0)
-    return stdout
 
 
 @pytest.mark.parametrize("settings", [[], ["--no-stream"], ["--async"]], ids=["streamed", "whole", "async"])

@@ -16,16 +16,30 @@ from typing import Any
 
 import llm
 import pytest
-from conftest import DEADLINE, PNG, Ask, Chain, Start, finish, invoke, output_until
+from conftest import (
+    DEADLINE,
+    NOW_TAG,
+    PNG,
+    STOP,
+    Ask,
+    Chain,
+    Start,
+    cut,
+    finish,
+    invoke,
+    now,
+    output_until,
+    refuse,
+    run,
+    texts,
+)
 from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant, system, user
-from loopback import DONE, ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
+from loopback import ENDPOINTS, Connection, Loopback, Request, delta, event, speak
 from proxies import until
 
 from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT
 
-STOP = event(delta(finish_reason="stop")) + DONE
 ADD_TAG = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-NOW_TAG = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 BROKEN_TAG = '<tool_call>{"name": "now", "arguments": </tool_call>'
 
 
@@ -34,34 +48,8 @@ def add(a: int, b: int = 2) -> int:
     return a + b
 
 
-def now() -> str:
-    return "noon"
-
-
 def fail() -> str:
     raise ValueError("no luck")
-
-
-def texts(*pieces: str, usage: dict[str, Any] | None = None) -> Answer:
-    """An answer of these pieces of text."""
-    last = [event({"choices": [], "usage": usage})] if usage else []
-    return say([*(event(delta(piece)) for piece in pieces), *last, STOP])
-
-
-def cut(*pieces: str) -> Answer:
-    """An answer of these pieces, after which the connection is lost."""
-
-    async def answer(request: Request, connection: Connection) -> None:
-        await connection.head()
-        for piece in pieces:
-            await connection.send(event(delta(piece)))
-        await connection.drop()
-
-    return answer
-
-
-async def refuse(request: Request, connection: Connection) -> None:
-    await connection.whole(b"overloaded", "503 Service Unavailable")
 
 
 def tools_in(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -732,13 +720,6 @@ def test_details_of_the_usage_are_kept(ask: Ask, server: Loopback) -> None:
 
 NOW_FUNCTION = ["--functions", "def now():\n    'The time'\n    return 'noon'\n"]
 CALL_NOW = ["-m", "autonomous-llama", "Call now with {}"]
-
-
-def run(*arguments: str, typed: str | None = None) -> str:
-    """What `llm` says where nothing is wrong."""
-    stdout, stderr, code = invoke(*arguments, typed=typed)
-    assert (stderr, code) == ("", 0)
-    return stdout
 
 
 @pytest.mark.parametrize("settings", [[], ["--no-stream"], ["--async"]], ids=["streamed", "whole", "async"])
