@@ -198,6 +198,11 @@ CALLS: dict[str, tuple[str, Parts]] = {
     "arguments as a string": (r'<tool_call>{"name": "add", "arguments": "{\"a\": 1}"}</tool_call>', [ADD]),
     "null beside parameters": ('{"name": "add", "arguments": null, "parameters": {"a": 1}}', [ADD]),
     "none beside parameters": ('{"name": "add", "arguments": {}, "parameters": {"a": 1}}', [ADD]),
+    "arguments beside no parameters": ('{"name": "add", "arguments": {"a": 1}, "parameters": {}}', [ADD]),
+    **{
+        f"an argument {key}": (f'{{"name": "add", "arguments": {{"{key}": "object"}}}}', [("add", {key: "object"})])
+        for key in ("type", "properties")
+    },
     "a description beside them": ('{"name": "add", "description": "Adds", "arguments": {"a": 1}}', [ADD]),
     "all types": (
         '<tool_call>{"name": "add", "arguments": {"a": ["é", -42, 3.5e2, true, null, {"b": []}]}}</tool_call>',
@@ -264,7 +269,7 @@ TEXTS = {
     "the tool": TOOL,
     "the tool, indented": json.dumps(json.loads(TOOL), indent=2),
     "the tool without arguments": TOOL_WITHOUT_ARGUMENTS,
-    "the tool with a description alone": '{"name": "now", "description": "The time"}',
+    "the tool with a description alone": '<tools>{"name": "now", "description": "The time"}</tools>',
     "the tool in OpenAI's shape": OPENAI_TOOL,
     "the tools": f"{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
     "the tools in a list": f"[{UNDESCRIBED_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]",
@@ -529,6 +534,14 @@ def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
     parts, error = read(f'{tag}{{"name": "add", "arguments": {nested}}}')
     assert [part[0] for part in parts] == (["add"] if depth == 100 else [])
     assert bool(error) == (depth > 100)
+
+
+@pytest.mark.parametrize("words", ["One ", "a < b ", "and {two} ", "[three] ", "`four` </b> ", "'five': \n\n"])
+def test_words_do_not_wait_for_what_follows(words: str) -> None:
+    """Where no call can begin, text is passed on as it arrives."""
+    parser = ToolCallParser(NAMES)
+    assert parser.feed([f"So, {words}"]) == [f"So, {words}"]
+    assert parser.feed(["Wait. ", NOW_TAG]) == ["Wait. "]
 
 
 # Bounds and cost
