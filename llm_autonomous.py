@@ -14,9 +14,12 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
+import datetime
+import email.utils
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import os
@@ -29,7 +32,7 @@ import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import click
 import llm
@@ -50,18 +53,16 @@ logger = logging.getLogger(__name__)
 
 BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
-# Besides its arguments, these decide how httpx sets up a client.
-PROXY_VARIABLES = tuple(
-    name for lower in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (lower, lower.upper())
-)
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # that decide how TLS is set up
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
 CONNECT_TIMEOUT = 10.0  # seconds to connect
 END_TIMEOUT = 1.0  # seconds for usage and the end of the reply to arrive once the answer is whole
+ERROR_BODY_TIMEOUT = 5.0  # seconds for the body of an error status to arrive
 KEEPALIVE = 60.0  # seconds that an idle connection stays open for the next prompt
-MAX_CONNECTIONS = 100  # of async prompts at the same time; more prompts wait for their turn
+POOL_SIZE = 32  # prompts at the same time on one client, which is one pool of connections
+MAX_IDLE_CLIENTS = 32
 
 ATTEMPTS = 3  # per prompt, including the first
 BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, plus or minus JITTER
@@ -75,6 +76,8 @@ USUAL_FINISH_REASON = (
 )
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
 THINKING_TAGS = ("<think>", "<scratch_pad>")
+# The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
+CODINGS = r"\b(?:aes128gcm|br|deflate|exi|dcb|dcz|(?:x-)?compress|(?:pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page whose title is wanted
@@ -139,8 +142,8 @@ class AutonomousOptions(llm.Options):
     proxy: str | None = Field(
         default=None,
         description=(
-            "Proxy to use: an http://, https://, socks5:// or socks5h:// URL. LLM logs options, so if the proxy needs "
-            "a password, set HTTPS_PROXY instead."
+            "Proxy to use: an http://, https://, socks5:// or socks5h:// URL, or nothing ('') for no proxy. LLM logs "
+            "options, so if the proxy needs a password, set HTTPS_PROXY instead."
         ),
     )
     timeout: float | None = Field(
@@ -153,24 +156,27 @@ class AutonomousOptions(llm.Options):
     @field_validator("proxy")
     @classmethod
     def check_proxy(cls, proxy: str | None) -> str | None:
-        if proxy is None:
-            return None
-        if "@" in proxy:
+        if proxy and "@" in proxy:
             raise ValueError("a proxy with a user name or password would be logged: set HTTPS_PROXY instead")
-        if not is_proxy_url(proxy):
-            raise ValueError("must be an http://, https://, socks5:// or socks5h:// URL with a host")
+        if proxy and not parse_url(proxy, PROXY_SCHEMES):
+            raise ValueError(f"must be {PROXY_URL}")
         return proxy
 
 
-def is_proxy_url(url: str) -> bool:
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+PROXY_URL = "an http://, https://, socks5:// or socks5h:// URL with a host"
+
+
+def parse_url(text: str, schemes: Collection[str]) -> httpx.URL | None:
+    """The URL in ``text``, or None if it is no URL with a host and one of these schemes."""
     import httpx
 
     try:
-        # To httpx the two are the same, but before 0.28 it rejects socks5h.
-        parts = httpx.Proxy(url.replace("socks5h://", "socks5://", 1)).url
-        return bool(parts.host) and (parts.port is None or parts.port in range(1, 65536))
-    except (ValueError, httpx.InvalidURL):
-        return False
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return None
+    usable = url.scheme in schemes and url.host and (url.port is None or 0 < url.port < 65536)
+    return url if usable else None
 
 
 # Chosen by measurement: tests/README.md has the wordings that were tried, and what a real model did with each.
@@ -379,19 +385,36 @@ def build_headers() -> dict[str, str]:
 
 def endpoint_url(endpoint: str) -> httpx.URL:
     """Where to send a prompt: ``/api/v1/ai/<endpoint>`` at the service, or at ``AUTONOMOUS_BASE_URL``."""
-    import httpx
-
-    try:
-        url = httpx.URL(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL)
-        usable = url.scheme in ("http", "https") and bool(url.host) and (url.port or 80) in range(1, 65536)
-    except httpx.InvalidURL:
-        usable = False
-    if not usable or url.query or url.fragment or url.userinfo:
+    url = parse_url(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL, ("http", "https"))
+    if not url or url.query or url.fragment or url.userinfo:
         raise AutonomousError(
             f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host and without a password, such as "
             "http://127.0.0.1:8000"
         )
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
+
+
+def find_proxy(option: str | None, url: httpx.URL) -> str:
+    """The URL of the proxy for requests to ``url``, or nothing.
+
+    If there is no ``option``, it comes from the environment, by the rules of Python's standard library. NO_PROXY may
+    name a host with its port, and an IPv6 address with or without brackets.
+    """
+    import urllib.request
+
+    if option is not None:
+        return option
+    host, port = f"[{url.host}]" if ":" in url.host else url.host, url.port or {"http": 80, "https": 443}[url.scheme]
+    proxies = urllib.request.getproxies()
+    if any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
+        return ""
+    scheme = url.scheme if proxies.get(url.scheme) else "all"
+    proxy = proxies.get(scheme) or ""
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if proxy and not parse_url(proxy, PROXY_SCHEMES):  # which is not quoted, since it may contain a password
+        raise AutonomousError(f"{scheme.upper()}_PROXY must be {PROXY_URL}")
+    return proxy
 
 
 # How the reply is read, without any I/O: bytes -> JSON values -> text -> text and tool calls
@@ -402,7 +425,8 @@ class Framing:
 
     Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
     as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
-    value spread over many lines. A line that is none of these becomes a value as well: a string.
+    value spread over many lines. The data of an event or a field named ``error`` comes out as ``{"error": data}``, and
+    a line that is none of these as a string.
 
     `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
     still returned. The result does not depend on how the bytes were cut, the cost is O(n), and at most
@@ -415,9 +439,11 @@ class Framing:
         self.cut_off = ""  # the beginning of a value, if the reply ended before the value did
         self.page = False  # the reply is a web page
         self._values: list[Any] = []  # what `feed` will return
+        self._mark = b"\xef\xbb\xbf"  # the byte order mark, with which the first line may begin
         self._after_cr = False  # the last bytes ended with CR, so an LF that comes first belongs to it
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
+        self._named_error = False  # the event is named error
         self._document = False  # the rest of the reply is one thing: a web page, or JSON spread over lines
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
@@ -452,21 +478,25 @@ class Framing:
             raise too_large()
 
     def _read_line(self, line: bytes) -> None:
+        line, self._mark = line.removeprefix(self._mark), b""
+        field, _, data = line.partition(b":")
         if self._document:
             self._hold(line)
-            return
-        line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark, which may come first
-        field, _, data = line.partition(b":")
-        if field == b"data":
+        elif field == b"data":
             # Most events are a single line, which is read at once: some servers send no blank line after it. The
             # lines of any other event are held until it is complete.
-            if self._held:
+            if self._held or self._named_error:
                 self._hold(data.removeprefix(b" "))
             elif rest := self._read_values(data):
                 self._hold(rest.encode())
-        elif not line and self._held:
+        elif not line and (self._held or self._named_error):
             self._end_event()
-        elif field in (b"", b"event", b"id", b"retry"):
+        elif field == b"event":
+            self._named_error = data.strip() == b"error"
+        elif field == b"error":
+            self._named_error = True
+            self._hold(data)
+        elif field in (b"", b"id", b"retry"):
             pass  # a blank line, a comment, or a field that says nothing about the answer
         elif line.lstrip().startswith((b"{", b"[", b"<")):
             self._end_event()
@@ -474,7 +504,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            self._values.append(words)
+            self._values.append(words if re.match(UNKNOWN_FIELD, words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
         self._held += line + b"\n"
@@ -483,8 +513,13 @@ class Framing:
 
     def _end_event(self, cut: bool = False) -> None:
         """Read what is held. The event ends at a blank line, at the next event, or ``cut`` off where the reply ends."""
+        before = len(self._values)
         rest = self._read_values(self._held)
         self._held.clear()
+        if self._named_error:
+            self._named_error = False
+            self._values[before:] = [{"error": rest or next(filter(None, self._values[before:]), "event: error")}]
+            return
         if rest.startswith("<"):
             self.page = True
             raise AutonomousError(page_words(rest), outage=True)
@@ -509,6 +544,12 @@ class Framing:
         return ""
 
 
+class Words(str):
+    """A line of a reply that is neither a field of an event stream nor JSON."""
+
+
+UNKNOWN_FIELD = r"[\w-]+(:|\Z)"
+# Unlike JSON's own rules, this admits line breaks and other control characters within strings.
 decode_json = json.JSONDecoder(strict=False).raw_decode
 
 
@@ -536,29 +577,35 @@ class Completion:
         self.error: AutonomousError | None = None
         self._pieces: list[str | StreamEvent] = []  # what `feed` will return
         self._in_deltas = False  # some text has come in a delta, so a message only repeats it
+        self._halves = {"reasoning": "", "text": ""}  # half a character at the end of each
 
-    def feed(self, values: list[Any]) -> list[str | StreamEvent]:
-        """The text (`str`) and the reasoning (`StreamEvent`) in ``values``."""
+    def feed(self, values: list[Any], end: bool = False) -> list[str | StreamEvent]:
+        """The text (`str`) and the reasoning (`StreamEvent`) in ``values``, or what waited for the ``end``."""
         try:
             for value in values:
                 if self._in_deltas and (text := plain_text(value)):
-                    self._pieces.append(text)
+                    self._add("text", text)
                     self.whole = False
                     continue
                 understood = [self._read(chunk) for chunk in (value if isinstance(value, list) else [value])]
                 if self.not_understood is None and not all(understood):
                     self.not_understood = value
+            if end:
+                self._add("reasoning", "", end=True)
+                self._add("text", "", end=True)
         except AutonomousError as error:
             self.error = error
         pieces, self._pieces = self._pieces, []
-        return pieces
+        return joined(pieces) if len(pieces) > 1 else pieces
 
     def _read(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
+        if self._in_deltas and isinstance(chunk, str) and (isinstance(chunk, Words) or mentions_error(chunk)):
+            # These are the last words of a server or a proxy that died.
+            raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
         fields = filled(chunk)
-        choices = fields.get("choices")
-        usable = isinstance(choices, list) and isinstance(choices[0], dict)
-        choice = filled(choices[0] if choices and usable else choices and [choices])
+        choices = fields.get("choices", [{}])
+        choice = filled(choices[0] if isinstance(choices, list) else [choices])
         delta = filled(choice.get("delta"))
         message = {} if self._in_deltas else filled(choice.get("message"))
         answer = {**choice, **message, **delta}
@@ -568,11 +615,9 @@ class Completion:
         finished = self._read_outcome(all_fields)
         reasoning, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
         text, odd_text = text_of(answer, "content", "text", "refusal")
-        if reasoning:
-            self._pieces.append(StreamEvent(type="reasoning", chunk=reasoning))
-        if text:
-            self._pieces.append(text)
-            self._in_deltas = self._in_deltas or bool(delta)
+        self._add("reasoning", reasoning, end=bool(text))
+        self._add("text", text)
+        self._in_deltas = self._in_deltas or bool(text and delta)
         self.whole = finished or bool(message and not delta) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
@@ -581,7 +626,7 @@ class Completion:
         unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
         if not unknown and holds_more(fields, CHUNK_FIELDS):
             # Beside a choice or the usage, and before any text, it is about the request, unless it mentions an error.
-            beside = choices or "usage" in fields or not self._in_deltas
+            beside = {"choices", "usage"} & fields.keys() or not self._in_deltas
             is_chunk = isinstance(chunk, dict) and "choices" in chunk
             unknown = not (is_chunk and beside) or mentions_error(chunk)
         return not unknown
@@ -597,6 +642,20 @@ class Completion:
         if finished:
             self.envelope["finish_reason"] = shallow(fields["finish_reason"])
         return finished
+
+    def _add(self, kind: str, text: str, end: bool = False) -> None:
+        """Add text or reasoning to the pieces.
+
+        A server that cuts text by UTF-16 units may split a character: one half (such as \\ud83d) ends a chunk, and the
+        other begins the next. Neither can be printed or stored, so the first waits for the second, or for the ``end``.
+        """
+        if self._halves[kind] or not text.isascii():
+            text, self._halves[kind] = self._halves[kind] + text, ""
+            if not end and "\ud800" <= text[-1:] <= "\udbff":
+                text, self._halves[kind] = text[:-1], text[-1]
+            text = replace_surrogates(text)
+        if text:
+            self._pieces.append(text if kind == "text" else StreamEvent(type="reasoning", chunk=text))
 
 
 # The fields that OpenAI documents for a chunk, those for a choice and the delta or message in it, and what others add.
@@ -614,11 +673,20 @@ def plain_text(value: Any) -> str:
         [choice] = value["choices"]
         delta, text = choice["delta"], choice["delta"]["content"]
         finished = choice.get("finish_reason") or value.get("finish_reason")
-        if not finished and all(map(PLAIN_FIELDS.issuperset, (value, choice, delta))):
-            return text if text.isascii() else replace_surrogates(text)
+        if not finished and type(text) is str and all(map(PLAIN_FIELDS.issuperset, (value, choice, delta))):
+            return text
     except (AttributeError, LookupError, TypeError, ValueError):
         pass
     return ""
+
+
+def joined(pieces: list[str | StreamEvent]) -> list[str | StreamEvent]:
+    """The pieces, with neighbouring texts joined: each piece is work for `llm`."""
+    out: list[str | StreamEvent] = []
+    for kind, group in itertools.groupby(pieces, type):
+        neighbours: list[Any] = [*group]
+        out += ["".join(neighbours)] if kind is str else neighbours
+    return out
 
 
 def text_of(fields: dict[str, Any], *names: str) -> tuple[str, bool]:
@@ -634,7 +702,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, bool]:
             texts.append(text)
         else:
             odd = odd or bool(filled(part).keys() - {"type"})
-    return replace_surrogates("".join(texts)), odd
+    return "".join(texts), odd
 
 
 def filled(value: Any) -> dict[str, Any]:
@@ -722,11 +790,11 @@ class ToolCallParser:
         self._passed = 0  # the length of that text
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the last text since then; nothing more once it has had the tag of a result in it
-        # How a call begins outside of our tags, which has to name a tool soon, and within them.
+        # How a call begins in JSON, which has to name a tool soon, and in code: <function=name= or [name( or {'name':
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
-        self._object = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
-        self._in_tag = re.compile(rf"[{{\[]|({name})(\.call)?\(")
+        self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
+        self._in_code = re.compile(rf"<function\W({name})\b|([\[{{]\W*(\w+\W+)?)?({name})(\.call)?[^\w\s.,<\]}}]")
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -769,11 +837,13 @@ class ToolCallParser:
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
         value = window[wrapping.end() :]
+        first, own = begins_answer(text, place), wrapping["tag"] in OWN_TAGS
         seems_a_call = (
             wrapping["function"] in self.names
-            or (value.startswith(RESULT_TAG) and begins_answer(text, place))
-            or (wrapping["tag"] in OWN_TAGS and self._in_tag.match(value))
-            or self._object.match(value)
+            or (first and value.startswith(RESULT_TAG))
+            or (own and value.startswith(("{", "[")))
+            or ((own or (first and not wrapping[0])) and self._in_code.match(value))
+            or self._in_json.match(value)
         )
         return wrapping if seems_a_call else None
 
@@ -1036,7 +1106,7 @@ class AutonomousError(llm.ModelError, click.ClickException):
         message = f"{url.netloc.decode()}: {self.message}"
         if attempts > 1:
             message += f" ({attempts} attempts)"
-        if self.outage and url.host == urlsplit(BASE_URL).hostname:
+        if self.outage and f"https://{url.host}" == BASE_URL:
             message += ". The service is often down"
             message += "" if checking else "; `llm autonomous check` shows which models answer"
         return AutonomousError(message, retryable=self.retryable, retry_after=self.retry_after, outage=self.outage)
@@ -1131,8 +1201,9 @@ def is_error_value(value: Any) -> bool:
 
 
 def mentions_error(value: Any) -> bool:
-    """Whether a value that was not understood has a field or a word in it that stands for an error."""
-    return value is not None and bool(re.search(r'(?i)"\w*(error|fail)\w*"', as_json(value)))
+    """Whether a value that was not understood has a field, a word or a string in it that stands for an error."""
+    pattern = "(?i)error|fail" if isinstance(value, str) else r'(?i)"\w*(error|fail)\w*"'
+    return value is not None and bool(re.search(pattern, as_json(value)))
 
 
 def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
@@ -1153,8 +1224,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
             words = error_words(json.loads(words))
         words = quoted(words)
     message = f"{status}: {words}" if words else status
-    asked = reply.headers.get("retry-after", "")
-    retry_after = float(asked[:15]) if re.fullmatch(r"[0-9]+", asked) else None
+    retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
     if retry_after is not None:
         message += f"; it asks to wait {retry_after:.0f} s"
     return AutonomousError(
@@ -1163,6 +1233,22 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
         retry_after=retry_after,
         outage=page or reply.status_code >= 500,
     )
+
+
+def parse_retry_after(value: str) -> float | None:
+    """Seconds to wait, by a ``Retry-After`` header, which has seconds or a date (RFC 9110, section 10.2.3).
+
+    If it was sent more than once, its values are separated by commas, and the longest wait counts.
+    """
+    waits = []
+    for part in re.split(r"(?<![a-z])\s*,", value):  # and not in "Wed, 21 Oct 2015 07:28:00 GMT"
+        if re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", part):
+            waits.append(float(part))
+            continue
+        with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):  # then it is neither
+            date = email.utils.parsedate_to_datetime(part)
+            waits.append(date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - time.time())
+    return max(0.0, *waits) if waits else None
 
 
 def transport_error(error: Exception, answered: bool, timeout: float, proxy: str) -> AutonomousError:
@@ -1184,10 +1270,12 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         message = f"its certificate cannot be verified: {reason}"
         return AutonomousError(message + (advice if cause.verify_code in UNKNOWN_ISSUER else ""), outage=True)
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
-        through = f" through the proxy {proxy}" if proxy else ""
+        through = f" through the proxy {httpx.URL(proxy).netloc.decode()}" if proxy else ""
         words = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s" if silent else reason
-        refusal = re.match(r"[0-9]{3}\b", reason)  # the status that an HTTP proxy answered with
-        retryable = not refusal or int(refusal[0]) in RETRY_STATUSES
+        # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
+        status = re.match(r"[0-9]{3}\b", reason)
+        passing = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
+        retryable = passing or not isinstance(error, httpx.ProxyError)
         return AutonomousError(f"cannot connect{through}: {words}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
@@ -1220,17 +1308,6 @@ def reason_of(cause: BaseException) -> str:
     return quoted(getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause))
 
 
-def proxy_address(option: str | None, url: httpx.URL) -> str:
-    """Host and port of the proxy that requests for ``url`` go through, or nothing. A password is left out."""
-    import urllib.request
-
-    proxy = option
-    if not proxy and not urllib.request.proxy_bypass(url.host):
-        proxies = urllib.request.getproxies()
-        proxy = proxies.get(url.scheme) or proxies.get("all")
-    return quoted((proxy or "").rpartition("://")[2].rpartition("@")[2].partition("/")[0])
-
-
 # Retries: one prompt, and the attempts to get it answered
 
 
@@ -1250,22 +1327,21 @@ class Exchange:
         options = cast(AutonomousOptions, prompt.options)
         self.model = model
         self.stream = stream
-        self.proxy = options.proxy
+        self.url = endpoint_url(model.service.endpoint)
+        self.proxy = find_proxy(options.proxy, self.url)
         self.timeout = options.timeout or DEFAULT_TIMEOUT
-        self.connect_timeout = min(self.timeout, CONNECT_TIMEOUT)
         self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
-        self.schema = prompt.schema = schema_of(prompt, conversation)  # also for the log of `llm`
-        self.validator = schema_validator(self.schema) if self.schema else None
+        schema = prompt.schema = schema_of(prompt, conversation)  # where the log of `llm` finds it as well
+        self.validator = schema_validator(schema) if schema else None
         self.new_results = bool(self.tools) and holds_new_results(prompt.messages)
         self.messages = self._messages(prompt, conversation)
-        self.url = endpoint_url(model.service.endpoint)
         # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
         # would keep the connection open until the garbage collector runs.
         self.response: Any = weakref.proxy(response)
 
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
         """The messages to send. Raises if the user has given nothing to answer."""
-        in_json = schema_instructions(self.schema) if self.schema else ""
+        in_json = schema_instructions(self.validator.schema) if self.validator else ""
         instructions, after_results = in_json, ""
         if self.tools:  # a model that knows the schema before it has the results makes them up
             instructions, after_results = tool_instructions(self.tools), f"{AFTER_RESULTS} {in_json}".strip()
@@ -1387,7 +1463,7 @@ class Attempt:
             said = [{"role": "assistant", "content": answer}] if answer.strip() else []
             messages = [*messages, *said, {"role": "user", "content": correction}]
         body = build_body(exchange.model.service, messages, exchange.stream)
-        limits = httpx.Timeout(exchange.timeout, connect=exchange.connect_timeout, pool=None)
+        limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict()}
         return httpx.Request("POST", exchange.url, headers=build_headers(), content=body, extensions=extensions)
 
@@ -1410,9 +1486,13 @@ class Attempt:
     def open(self, head: httpx.Response) -> None:
         """Take the status and headers of the reply."""
         self.refusal = None if head.is_success else head
-        coding = head.headers.get("content-encoding", "")
-        if "," in coding:  # one compression inside another can expand to terabytes
-            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(coding)}")
+        named = head.headers.get("content-encoding", "")
+        codings = re.findall(CODINGS, named.lower())
+        if codings == ["x-gzip"]:
+            head.headers["content-encoding"] = "gzip"  # httpx knows only this name
+        elif codings not in ([], ["gzip"], ["deflate"]):
+            # We did not ask for it, and one compression inside another can expand to terabytes.
+            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
 
     def feed(self, data: bytes) -> list[str | StreamEvent]:
         """Take the next bytes of the reply, and return the pieces of the answer that they complete."""
@@ -1431,18 +1511,18 @@ class Attempt:
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
-        """Seconds to wait for more bytes: ``timeout`` or, once the answer is whole, what is left of `END_TIMEOUT`.
+        """Seconds to wait for more bytes: ``timeout`` or, if nothing more is needed, what is left of a shorter limit.
 
-        Reading on to the end keeps the connection alive for the next prompt, and may bring the usage. It is not worth
-        waiting long for.
+        Reading on to the end of an error or a whole answer keeps the connection alive for the next prompt, and may
+        bring words or the usage. It is not worth waiting long for.
         """
-        if not self.whole:
+        if not (self.refusal or self.whole):
             return timeout
         now = time.monotonic()
         if self.deadline is None:
-            self.deadline = now + END_TIMEOUT
+            self.deadline = now + (ERROR_BODY_TIMEOUT if self.refusal else END_TIMEOUT)
         if self.deadline <= now:
-            raise TimeoutError("the answer is complete, but the reply does not end")
+            raise TimeoutError("nothing more is needed, but the reply does not end")
         return min(timeout, self.deadline - now)
 
     def _read(self, data: bytes, end: bool = False) -> list[Any]:
@@ -1451,7 +1531,7 @@ class Attempt:
             return []
         values = self.framing.feed(data, end)
         end = end or self.framing.ended
-        pieces: list[Any] = self.thinking.feed(self.completion.feed(values), end) if values or end else []
+        pieces: list[Any] = self.thinking.feed(self.completion.feed(values, end), end) if values or end else []
         self.error = self.completion.error or self.framing.error
         if not pieces:
             return []
@@ -1488,8 +1568,7 @@ class Attempt:
         if self.refusal:
             return status_error(self.refusal, self.beginning)
         if self.failure and not (self.whole or self.framing.page):
-            proxy = proxy_address(self.exchange.proxy, self.exchange.url)
-            return transport_error(self.failure, answered, self.exchange.timeout, proxy)
+            return transport_error(self.failure, answered, self.exchange.timeout, self.exchange.proxy)
         if self.error:
             return self.error
         if answered and self.framing.cut_off and not self.whole:
@@ -1528,101 +1607,144 @@ class Attempt:
 class ClientKey(NamedTuple):
     """Everything that decides which client can send a prompt."""
 
-    process: int  # a forked child makes its own clients, and never closes those of its parent
+    process: int  # a forked child never uses or closes the connections of its parent
     loop: asyncio.AbstractEventLoop | None  # of an async client
-    proxy: str | None
-    environment: tuple[str | None, ...]
+    proxy: str
+    certificates: tuple[str | None, ...]  # the values of CERTIFICATE_VARIABLES
 
 
-class AsyncClient(NamedTuple):
-    """An async client, and what its event loop needs to share it."""
+class Client:
+    """An httpx client, which is one pool of connections, and a count of the prompts that use it.
 
-    http: httpx.AsyncClient
-    # Prompts wait for their turn here. In httpcore's own queue, each would cost as much time as there are others, and a
-    # SOCKS connection that is cancelled while it is made would take a place for ever.
-    turns: asyncio.Semaphore
-    life: AsyncGenerator[httpx.AsyncClient, None]
+    `sync_client` and `async_client` count a prompt, and leaving the ``with`` block ends it.
+    """
+
+    def __init__(self, kind: Callable[..., Any], key: ClientKey) -> None:
+        self.key = key
+        self.http = new_http_client(kind, key)
+        self.in_flight = 0
+        self.idle_since = 0.0
+        self.life: Any = None  # what closes an async client
+
+    def __enter__(self) -> Any:
+        return self.http
+
+    def __exit__(self, *exception: object) -> None:
+        with lock():
+            self.in_flight -= 1
+            self.idle_since = time.monotonic()
 
 
-_locks: dict[int, threading.Lock] = {}  # by process: if a lock is held during a fork, the child never gets it
-_clients: dict[ClientKey, httpx.Client] = {}
-_async_clients: dict[ClientKey, AsyncClient] = {}
+_clients: dict[Client, None] = {}  # an ordered set
+_locks: dict[int, threading.RLock] = {}
 
 
-def client_key(proxy: str | None, loop: asyncio.AbstractEventLoop | None = None) -> ClientKey:
-    names = (*PROXY_VARIABLES, *CERTIFICATE_VARIABLES)
-    return ClientKey(os.getpid(), loop, proxy, tuple(os.environ.get(name) for name in names))
+def lock() -> threading.RLock:
+    """This process's lock for its clients. If a lock is held during a fork, the child never gets it."""
+    return _locks.setdefault(os.getpid(), threading.RLock())
 
 
-def sync_client(proxy: str | None) -> httpx.Client:
-    """This process's client for ``proxy``, made when it is first needed."""
+def find_client(proxy: str, loop: asyncio.AbstractEventLoop | None) -> tuple[ClientKey, Client | None, list[Client]]:
+    """The client for another prompt, if there is one with room, and the clients that are no longer worth keeping.
+
+    One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
+    the others.
+    """
+    key = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES)))
+    own = [client for client in [*_clients] if client.key[:2] == key[:2]]
+    found = next((client for client in own if client.key == key and client.in_flight < POOL_SIZE), None)
+    idle = [client for client in own if not client.in_flight and client is not found]
+    idle.sort(key=lambda client: client.idle_since, reverse=True)
+    expired = time.monotonic() - KEEPALIVE
+    return key, found, [old for n, old in enumerate(idle) if n >= MAX_IDLE_CLIENTS or old.idle_since < expired]
+
+
+def sync_client(proxy: str) -> Client:
+    """A client of this process for ``proxy``, made if there is none with room."""
     import httpx
 
-    key = client_key(proxy)
-    with _locks.setdefault(os.getpid(), threading.Lock()):
-        if key not in _clients:
-            _clients[key] = new_client(httpx.Client, proxy)
-            atexit.register(_close_client, key)
-        return _clients[key]
+    with lock():
+        key, client, unneeded = find_client(proxy, None)
+        for old in unneeded:
+            close_client(old)
+        if client is None:
+            client = Client(httpx.Client, key)
+            _clients[client] = None
+        client.in_flight += 1
+        return client
 
 
-def _close_client(key: ClientKey) -> None:
-    if key in _clients and key.process == os.getpid():
-        _clients.pop(key).close()
+def close_client(client: Client) -> None:
+    _clients.pop(client, None)
+    client.http.close()
 
 
-async def async_client(proxy: str | None) -> AsyncClient:
-    """The client of the running event loop for ``proxy``, made when it is first needed."""
+@atexit.register
+def close_clients() -> None:
+    """Close the sync clients of this process. The async ones are closed with their event loop."""
+    for client in [*_clients]:
+        if client.key[:2] == (os.getpid(), None):
+            close_client(client)
+
+
+async def async_client(proxy: str) -> Client:
+    """A client of the running event loop for ``proxy``, made if there is none with room."""
     import asyncio
 
-    key = client_key(proxy, asyncio.get_running_loop())
-    if key not in _async_clients:
-        for old in [*_async_clients]:
-            if old.loop and old.loop.is_closed():  # without having shut down
-                _async_clients.pop(old, None)
+    for other in [*_clients]:
+        if other.key.loop and other.key.loop.is_closed():  # without having shut down
+            _clients.pop(other, None)
+    key, client, unneeded = find_client(proxy, asyncio.get_running_loop())
+    while unneeded:
+        await unneeded[0].life.aclose()
+        key, client, unneeded = find_client(proxy, key.loop)
+    if client is None:
         life = _live(key)
-        _async_clients[key] = AsyncClient(await anext(life), asyncio.Semaphore(MAX_CONNECTIONS), life)
-    return _async_clients[key]
+        client = await anext(life)
+        client.life = life
+    client.in_flight += 1
+    return client
 
 
-async def _live(key: ClientKey) -> AsyncGenerator[httpx.AsyncClient, None]:
-    """Makes an async client, and closes it when its event loop shuts down.
+async def _live(key: ClientKey) -> AsyncGenerator[Client, None]:
+    """Makes an async client, and closes it when it is no longer needed or its event loop shuts down.
 
     A loop then closes every async generator that was started in it. There is no other way to learn of it in time.
     """
     import httpx
 
-    client: httpx.AsyncClient = new_client(httpx.AsyncClient, key.proxy)
+    client = Client(httpx.AsyncClient, key)
+    _clients[client] = None
     try:
         yield client
     finally:
-        _async_clients.pop(key, None)
+        _clients.pop(client, None)
         # A loop that never shut down, as nest_asyncio leaves its own, no longer runs at the end of the process.
         if key.process == os.getpid() and key.loop and key.loop.is_running():
-            await client.aclose()
+            await client.http.aclose()
 
 
-def new_client(kind: Callable[..., Any], proxy: str | None) -> Any:
-    """An httpx client, which reads proxy settings from the environment itself if it is given none."""
+def new_http_client(kind: Callable[..., Any], key: ClientKey) -> Any:
+    import certifi
     import httpx
 
     logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # at DEBUG it logs the proxy's password
     try:
         return kind(
-            verify=ssl_context(*map(os.environ.get, CERTIFICATE_VARIABLES)),
-            proxy=proxy.replace("socks5h://", "socks5://", 1) if proxy else None,
-            limits=httpx.Limits(max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE),
+            verify=ssl_context(*key.certificates),
+            # To httpx the two are the same, but before 0.28 it rejects socks5h.
+            proxy=key.proxy.replace("socks5h://", "socks5://", 1) or None,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=POOL_SIZE, keepalive_expiry=KEEPALIVE),
         )
     except OSError as error:
-        reason = reason_of(error)
-        message = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded: {reason}"
-        raise AutonomousError(message) from error
+        path = error.filename or next(filter(None, key.certificates[:2]), None) or certifi.where()
+        variables = [name for name in CERTIFICATE_VARIABLES if os.environ.get(name) == path]
+        named = f", which {variables[0]} names" if variables else ""
+        raise AutonomousError(f"cannot load {path}{named}: {reason_of(error)}") from error
     except ImportError:
         message = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
         raise AutonomousError(message) from None
-    except (ValueError, httpx.InvalidURL):
-        # Neither quote httpx nor chain its exception: both may contain a password.
-        raise AutonomousError(proxy_problem()) from None
 
 
 @functools.cache
@@ -1631,15 +1753,6 @@ def ssl_context(*certificates: str | None) -> ssl.SSLContext:
     import httpx
 
     return httpx.create_ssl_context()
-
-
-def proxy_problem() -> str:
-    """What is wrong with the proxy settings of the environment."""
-    for name in PROXY_VARIABLES:
-        url = os.environ.get(name, "")
-        if url and "no_proxy" not in name.lower() and not is_proxy_url(url if "://" in url else f"http://{url}"):
-            return f"{name} is not a proxy URL"
-    return "NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1"
 
 
 # What moves the bytes
@@ -1676,8 +1789,8 @@ class SocksHandshake:
     httpcore reports each step to the ``trace`` extension of a request: a function or, for async, a coroutine function.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+    def __init__(self, request: httpx.Request) -> None:
+        self.timeout: float = request.extensions["timeout"]["connect"]
         self.stream: Any = None  # the connection to the proxy
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
@@ -1701,7 +1814,7 @@ class SocksHandshake:
             return None
         error: BaseException = info["exception"]
         if isinstance(error, httpcore.TimeoutException):
-            return httpcore.ConnectTimeout()
+            return httpcore.ProxyError(f"no reply within {self.timeout:g} s")
         known = isinstance(error, httpcore.ProxyError) or not isinstance(error, Exception)
         return error if known else httpcore.ProxyError("it does not answer as a SOCKS proxy")
 
@@ -1729,22 +1842,22 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
     ) -> Iterator[str | StreamEvent]:
         exchange = Exchange(self, prompt, stream, response, conversation)
-        client = sync_client(exchange.proxy)
-        for attempt in exchange.attempts():
-            if attempt.wait:
-                time.sleep(attempt.wait)
-            try:
-                request = attempt.request()
-                request.extensions["trace"] = SocksHandshake(exchange.connect_timeout).trace
-                with contextlib.closing(client.send(request, stream=True)) as head, limited(head, attempt):
-                    attempt.open(head)
-                    for data in head.iter_bytes():
-                        yield from attempt.feed(data)
-                        if attempt.done:
-                            break
-            except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
-                attempt.failure = failure
-            yield from attempt.close()
+        with sync_client(exchange.proxy) as http:
+            for attempt in exchange.attempts():
+                if attempt.wait:
+                    time.sleep(attempt.wait)
+                try:
+                    request = attempt.request()
+                    request.extensions["trace"] = SocksHandshake(request).trace
+                    with contextlib.closing(http.send(request, stream=True)) as head, limited(head, attempt):
+                        attempt.open(head)
+                        for data in head.iter_bytes():
+                            yield from attempt.feed(data)
+                            if attempt.done:
+                                break
+                except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
+                    attempt.failure = failure
+                yield from attempt.close()
 
 
 class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
@@ -1763,15 +1876,14 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         del response, conversation  # see the weak reference in Exchange
         # When an event loop shuts down, it closes all async generators at once, and reports an error if two of them try
         # to close each other. So this has to be the only one, apart from those of httpx.
-        client = await async_client(exchange.proxy)
-        async with client.turns:
+        with await async_client(exchange.proxy) as http:
             for attempt in exchange.attempts():
                 if attempt.wait:
                     await asyncio.sleep(attempt.wait)
                 try:
                     request = attempt.request()
-                    request.extensions["trace"] = SocksHandshake(exchange.connect_timeout).trace_async
-                    head = await client.http.send(request, stream=True)
+                    request.extensions["trace"] = SocksHandshake(request).trace_async
+                    head = await http.send(request, stream=True)
                     async with contextlib.aclosing(head):
                         with limited(head, attempt):
                             attempt.open(head)

@@ -218,8 +218,7 @@ numbers = itertools.count()
 
 def close_connections() -> None:
     """Close the connections that sync prompts keep for the next one. Those of async prompts end with their loop."""
-    for key in [*llm_autonomous._clients]:
-        llm_autonomous._close_client(key)
+    llm_autonomous.close_clients()
 
 
 def pools() -> list[Any]:
