@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llm_autonomous
-from llm_autonomous import MAX_HELD, AutonomousError, ToolCallParser
+from llm_autonomous import MAX_HELD, ToolCallParser
 
 MORE_EXAMPLES = os.environ.get("LLM_AUTONOMOUS_EXAMPLES")
 examples = settings(max_examples=int(MORE_EXAMPLES or 150), derandomize=not MORE_EXAMPLES, deadline=None, database=None)
@@ -47,19 +47,17 @@ class Outcome(NamedTuple):
     """What an answer is read as."""
 
     parts: Parts  # texts that follow each other are joined
-    error: AutonomousError | None = None
-
-    @property
-    def everything(self) -> tuple[Parts, str]:
-        return self.parts, str(self.error)
+    message: str = ""  # of the error, if there is one
+    correction: str | None = None
 
 
 def read(*pieces: str, names: Iterable[str] = NAMES) -> Outcome:
     """What an answer that arrives in these pieces is read as."""
     parser = ToolCallParser(set(names))
     out = [part for piece in pieces for part in parser.feed([piece])] + parser.feed([], end=True)
-    parts = [part if isinstance(part, str) else (part.name, part.arguments) for part in out]
-    return Outcome(joined(parts) + [END] * parser.finished, parser.error)
+    parts = joined([part if isinstance(part, str) else (part.name, part.arguments) for part in out])
+    parts += [END] * parser.finished
+    return Outcome(parts, parser.error.message, parser.error.correction) if parser.error else Outcome(parts)
 
 
 def joined(parts: Parts) -> Parts:
@@ -98,7 +96,6 @@ def cuttings(text: str) -> Iterator[list[str]]:
 CALLS: dict[str, tuple[str, Parts]] = {
     # Hermes
     "in lines": (ADD_TAG, [ADD]),
-    "in one line": (NOW_TAG, [NOW]),
     "without spaces": ('<tool_call>{"name":"add","arguments":{"a":1}}</tool_call>', [ADD]),
     "indented": (f"<tool_call>\n{json.dumps(json.loads(ADD_JSON), indent=2)}\n</tool_call>\n", [ADD]),
     "much white space": (f"<tool_call> \n\t\r\n  {ADD_JSON} \n\n </tool_call>  \n", [ADD]),
@@ -125,7 +122,6 @@ CALLS: dict[str, tuple[str, Parts]] = {
     "tools": (f"<tools>\n{ADD_JSON}\n</tools>", [ADD]),
     "two tools": (f"<tools>{ADD_JSON}</tools><tools>{NOW_JSON}</tools>", [ADD, NOW]),
     "tools among words": (f"Let me add.\n\n<tools>{ADD_JSON}</tools>\n\nDone!", ["Let me add.", ADD, "Done!"]),
-    "tools without an end": (f"<tools>{ADD_JSON}", [ADD]),
     "tools that end as a call": (f"<tools>{ADD_JSON}</tool_call>", [ADD]),
     # Fences
     "a fence": (f"```json\n{ADD_JSON}\n```\n", [ADD]),
@@ -152,7 +148,6 @@ CALLS: dict[str, tuple[str, Parts]] = {
     "bare list": (BOTH_JSON, [ADD, NOW]),
     "bare nested": ('{"name": "add", "parameters": {"a": {"b": [{"c": {}}]}}}', [("add", {"a": {"b": [{"c": {}}]}})]),
     "bare and then words": (f"{ADD_JSON}\n\nWould you like more?", [ADD, "Would you like more?"]),
-    "bare list and then words": (f"{BOTH_JSON} Done.", [ADD, NOW, "Done."]),
     "bare and then an unknown name": (f'{ADD_JSON}\n{{"name": "subtract"}}', [ADD, ("subtract", {})]),
     "bare and then an answer in a fence": (f'{ADD_JSON}\n```\n{{"a": 1}}\n```', [ADD, '```\n{"a": 1}\n```']),
     "python tag": (f"<|python_tag|>{ADD_JSON}", [ADD]),
@@ -227,7 +222,6 @@ CALLS: dict[str, tuple[str, Parts]] = {
 }
 
 TEXTS = {
-    "words": "Hello, world.",
     "nothing but white space": " \n\n ",
     "smaller-than": "a < b and c<d, <<, x <",
     "other tags": "Use <toolbox>, <tool>, <Tool_call>, <tool_calls> or </tool>.",
@@ -246,7 +240,6 @@ TEXTS = {
     "JSON with a type": '{"type": "object", "properties": {"name": {"type": "string"}}}',
     "JSON list": '[{"answer": 42}, 1]',
     "JSON list with a call and something else": f'[{ADD_JSON}, {{"answer": 42}}]',
-    "a string": r'"{\"name\": \"add\"}"',
     "names of tools": '[{"name": "add"}, {"name": "now"}]',
     "names of tools in lines": '{"name": "add"}\n{"name": "now"}',
     "names of tools in a fence": '```json\n[{"name": "add"}, {"name": "now"}]\n```',
@@ -255,7 +248,6 @@ TEXTS = {
     # Calls that do not stand on their own
     "a call between words": f"I would call {ADD_JSON} to add.",
     "a call after words in its line": f"So: {ADD_JSON}",
-    "a list of calls after words in its line": f"So: {BOTH_JSON}\n",
     "a call after words in its line, and a brace too many": f"So: {ADD_JSON}}}",
     "a call cut off after words in its line": f"So: {ADD_JSON[:-1]}",
     "a call before words in its line": f"So:\n{ADD_JSON} would add.",
@@ -271,7 +263,6 @@ TEXTS = {
     "the tool, indented": json.dumps(json.loads(TOOL), indent=2),
     "the tool without arguments": TOOL_WITHOUT_ARGUMENTS,
     "the tool with a description alone": '<tools>{"name": "now", "description": "The time"}</tools>',
-    "the tool in OpenAI's shape": OPENAI_TOOL,
     "the tools": f"{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
     "the tools in a list": f"[{UNDESCRIBED_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]",
     "the tools in their tag": f"<tools>\n{UNDESCRIBED_TOOL}\n{TOOL_WITHOUT_ARGUMENTS}\n</tools>",
@@ -296,7 +287,6 @@ TEXTS = {
     "python tag and code": "<|python_tag|>print(1)",
     "half a python tag": "<|pyth",
     "quotes": "'a' \"b\" 'c\" \\' \\\"",
-    "line breaks": "\n\na\r\n\r\nb\n",
     "no ASCII": "Привет < 𝄞 {é}\u2028[",
 }
 
@@ -334,7 +324,6 @@ ASKED: dict[str, tuple[str, Parts, str]] = {
     "a function with a space": ('<function=add {"a": 1}</function>', [], ""),
     # Names and arguments
     "no name": ('<tool_call>{"arguments": {"a": 1}}</tool_call>', [], '"name"'),
-    "an empty object": ("<tool_call>{}</tool_call>", [], '"name"'),
     **{
         f"the name {name}": (f'<tool_call>{{"name": {name}, "arguments": {{}}}}</tool_call>', [], '"name"')
         for name in ('""', "7", '["add"]', '"\\u001b[2J"')
@@ -484,7 +473,16 @@ The result will be the amount in euros.
 ANSWERS: list[tuple[str, Parts, str | None]]  # the last is None if the model is asked about nothing
 ANSWERS = [*((text, [text], None) for text in TEXTS.values()), *((*row, None) for row in CALLS.values())]
 ANSWERS += ASKED.values()
-REAL_NAMES = {"convert_currency", "create_event", "find_user", "get_user", "get_weather", "list_files", "send_email"}
+REAL_NAMES = {
+    "add",
+    "convert_currency",
+    "create_event",
+    "find_user",
+    "get_user",
+    "get_weather",
+    "multiply",
+    "send_email",
+}
 REAL_ANSWERS = [answer.removesuffix("\n").split("\n", 1) for answer in REAL.split("\n== ")[1:]]
 
 
@@ -493,28 +491,27 @@ def test_answer_is_read_in_every_cutting(text: str, parts: Parts, problem: str |
     """It is text, or text and calls in order, or the model is asked about it; and the same however it is cut."""
     whole = read(text)
     if problem is None:
-        assert whole.error is None
+        assert not whole.message
         assert parts in (whole.parts, without_space(whole.parts))
     else:
-        assert whole.error, f"no error, but {whole.parts}"
-        assert whole.error.correction
+        assert whole.correction, f"no correction, but {whole}"
         assert whole.parts == parts
-        assert "it begins: " in whole.error.message
-        assert "<tool_call>" in whole.error.correction
-        for words in (whole.error.message, whole.error.correction):
+        assert "it begins: " in whole.message
+        assert "<tool_call>" in whole.correction
+        for words in (whole.message, whole.correction):
             assert problem in words
             assert words.isprintable()
     for pieces in cuttings(text):
-        assert read(*pieces).everything == whole.everything
+        assert read(*pieces) == whole
 
 
 @pytest.mark.parametrize(("kind", "text"), REAL_ANSWERS)
 def test_answer_of_a_real_model_is_read_in_every_cutting(kind: str, text: str) -> None:
     """Its calls are made, its made-up results and calls after words are put to it, and its JSON is text."""
     for pieces in ([text], *cuttings(text)):
-        parts, error = read(*pieces, names=REAL_NAMES | {"add", "multiply"})
+        parts, _, correction = read(*pieces, names=REAL_NAMES)
         calls = ", ".join(part[0] for part in parts if not isinstance(part, str))
-        assert kind == ("asked" if error and error.correction else calls or "text")
+        assert kind == ("asked" if correction else calls or "text")
         assert kind != "text" or parts == [text]
 
 
@@ -532,9 +529,9 @@ def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
     """Arguments that are nested too deeply are a broken call, and never an exception: neither where Python cannot read
     them, nor a little before that, where `llm` could not log them."""
     nested = '{"a": ' * depth + "1" + "}" * depth
-    parts, error = read(f'{tag}{{"name": "add", "arguments": {nested}}}')
+    parts, message, _ = read(f'{tag}{{"name": "add", "arguments": {nested}}}')
     assert [part[0] for part in parts] == (["add"] if depth == 100 else [])
-    assert bool(error) == (depth > 100)
+    assert bool(message) == (depth > 100)
 
 
 @pytest.mark.parametrize("words", ["One ", "a < b ", "and {two} ", "[three] ", "`four` </b> ", "'five': \n\n"])
@@ -571,7 +568,7 @@ def test_call_larger_than_the_bound(start: str, again: str, monkeypatch: pytest.
 def test_bound_is_for_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text before a call may have any length."""
     monkeypatch.setattr(llm_autonomous, "MAX_EVENT_BYTES", KIB)
-    assert read(*in_pieces("y" * 9 * KIB + ADD_TAG, 100)) == (["y" * 9 * KIB, ADD], None)
+    assert read(*in_pieces("y" * 9 * KIB + ADD_TAG, 100)) == Outcome(["y" * 9 * KIB, ADD])
 
 
 ENDLESS = {  # what comes first, and what again and again
@@ -583,7 +580,6 @@ ENDLESS = {  # what comes first, and what again and again
     "tags": ("", "<tool_call>"),
     "tags of a result": ("", "<tool_response>"),
     "half a tag": ("Text ", "<tool_"),
-    "tags and white space": ("", "<tool_call>   "),
     "words": ("", "word "),
     "long string with escapes": ('<tool_call>{"a": "', '\\"'),
     "braces in a tag": ("<tool_call>", "{"),
@@ -694,9 +690,9 @@ def test_any_mixture_of_text_and_calls_comes_in_order(mixture: list[tuple[str, P
     """Texts and calls come as they were written, but for white space next to a call."""
     text = "".join(written for written, _ in mixture)
     outcome = read(*data.draw(cut(text)))
-    assert outcome.error is None
+    assert not outcome.message
     assert without_space(outcome.parts) == without_space(joined([part for _, parts in mixture for part in parts]))
-    assert outcome.everything == read(text).everything
+    assert outcome == read(text)
 
 
 @examples
@@ -704,9 +700,7 @@ def test_any_mixture_of_text_and_calls_comes_in_order(mixture: list[tuple[str, P
 def test_any_cutting_of_anything_gives_the_same(text: str, data: st.DataObject) -> None:
     """Also what is broken is read alike, and ends in text, calls, or one error that can be put to the model."""
     outcome = read(*data.draw(cut(text)))
-    assert outcome.everything == read(text).everything
-    if outcome.error:
-        assert outcome.error.correction
-        assert outcome.error.message.isprintable()
-    else:
-        assert outcome.parts or not text.strip()
+    assert outcome == read(text)
+    assert bool(outcome.message) == bool(outcome.correction)
+    assert outcome.message.isprintable()
+    assert outcome.parts or outcome.message or not text.strip()

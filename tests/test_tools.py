@@ -11,7 +11,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llm
 import pytest
@@ -54,20 +54,15 @@ def quiet() -> str:
 
 
 @pytest.fixture
-def recorded() -> list[str]:
-    """What `record` was called with."""
-    return []
-
-
-@pytest.fixture
-def record(recorded: list[str]) -> Callable[[str], str]:
-    """A tool that must not be called more often than the model asked for."""
+def record() -> Any:
+    """A tool that keeps in `calls` what it was called with."""
 
     def record(what: str) -> str:
         """Record something"""
-        recorded.append(what)
+        record.calls.append(what)
         return "done"
 
+    record.calls = []
     return record
 
 
@@ -196,26 +191,18 @@ def test_chain_of_two_rounds(name: str, stream: bool, chain: Chain, server: Loop
     assert told["content"].endswith(AFTER_RESULTS)
 
 
-def test_two_calls_in_one_reply(chain: Chain, server: Loopback) -> None:
-    """Both are made, and their results go in one message, in the order of the calls, each call with its own id."""
-    chained = chain('Call now with {} Call add with {"a": 1, "b": 1}', tools=[add, now])
-    assert chained.text == "llama: now said noon, add said 2"
-    assert chained.calls[0] == [("now", {}), ("add", {"a": 1, "b": 1})]
-    assert len({call.tool_call_id for call in chained.responses[0].tool_calls_or_raise()}) == 2
-    assert len(server.last.messages) == 4
-    assert results_in(server.last.messages[-1]) == [("now", "noon"), ("add", "2")]
-
-
 def test_text_and_calls_stay_in_order(chain: Chain, server: Loopback) -> None:
     """Words before, between and after calls keep their place, in the response's messages and in the next request."""
     server.answers += [texts("Let me see.\n", NOW_TAG, "\nand ", "then\n", f"{ADD_TAG}\nSo.")]
     chained = chain(tools=[add, now])
     parts = [part.strip() if isinstance(part, str) else part for part in chained.parts(0)]
     assert parts == ["Let me see.", ("now", {}), "and then", ("add", {"a": 1}), "So."]
-    content = server.last.messages[2]["content"]
-    places = [content.index(words) for words in ("Let me see.", '"now"', "and then", '"add"', "So.")]
+    assert len({call.tool_call_id for call in chained.responses[0].tool_calls_or_raise()}) == 2
+    _, _, called, told = server.last.messages
+    places = [called["content"].index(words) for words in ("Let me see.", '"now"', "and then", '"add"', "So.")]
     assert places == sorted(places)
-    assert content.count("<tool_call>") == content.count("</tool_call>") == 2
+    assert called["content"].count("<tool_call>") == called["content"].count("</tool_call>") == 2
+    assert results_in(told) == [("now", "noon"), ("add", "3")]
 
 
 @pytest.mark.parametrize(
@@ -239,9 +226,7 @@ def test_model_is_given_what_came_of_a_call(call: str, output: str, chain: Chain
     assert answer == f"llama: {name} said {said}"
 
 
-def test_call_that_is_cancelled(
-    chain: Chain, server: Loopback, record: Callable[[str], str], recorded: list[str]
-) -> None:
+def test_call_that_is_cancelled(chain: Chain, server: Loopback, record: Any) -> None:
     """The model is given what `before_call` says, and the tool is not called."""
 
     def before_call(tool: llm.Tool | None, call: llm.ToolCall) -> None:
@@ -249,7 +234,7 @@ def test_call_that_is_cancelled(
 
     assert "not today" in chain('Call record with {"what": "it"}', tools=[record], before_call=before_call).text
     assert results_in(server.last.messages[-1]) == [("record", "Cancelled: not today")]
-    assert recorded == []
+    assert record.calls == []
 
 
 class Notes(llm.Toolbox):
@@ -329,16 +314,14 @@ def test_bare_json_is_called_and_answered_json_is_not(chain: Chain, server: Loop
     assert chained.text == '{"name": "noon", "age": 12}'
 
 
-def test_answer_that_describes_the_tools_calls_none(
-    chain: Chain, server: Loopback, record: Callable[[str], str], recorded: list[str]
-) -> None:
+def test_answer_that_describes_the_tools_calls_none(chain: Chain, server: Loopback, record: Any) -> None:
     """The tools as the model was given them are text to the last character."""
     tool = llm.Tool.function(record)
     described = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
     answer = f"```json\n{json.dumps(described)}\n```\nThat is all."
     server.answers += [texts(*answer)]
     chained = chain(tools=[record, now])
-    assert (chained.text, chained.calls, recorded) == (answer, [[]], [])
+    assert (chained.text, chained.calls, record.calls) == (answer, [[]], [])
     assert len(server.requests) == 1
 
 
@@ -379,13 +362,11 @@ def test_made_up_result_without_an_end_is_not_waited_for(chain: Chain, server: L
 # What is lost on the way
 
 
-def test_503_in_the_middle_of_a_chain(
-    chain: Chain, server: Loopback, sleeps: list[float], record: Callable[[str], str], recorded: list[str]
-) -> None:
+def test_503_in_the_middle_of_a_chain(chain: Chain, server: Loopback, sleeps: list[float], record: Any) -> None:
     """The round is tried again with the same bytes, and no tool is called twice."""
     server.answers += [speak(), refuse]
     assert chain('Call record with {"what": "it"}', tools=[record]).text == "llama: record said done"
-    assert recorded == ["it"]
+    assert record.calls == ["it"]
     assert len(server.requests) == 3
     assert server.requests[1].body == server.requests[2].body
     assert len(sleeps) == 1
@@ -418,20 +399,28 @@ def test_connection_lost_in_a_call_after_text(chain: Chain, server: Loopback, sl
 
 # What the model is asked about
 
-ASKED = {  # what it writes, what of this the user sees, the error if it stays so, and the beginning of the correction
-    "broken": (
+
+class Asked(NamedTuple):
+    written: str  # by the model
+    seen: str  # of that, by the user
+    line: str  # how the error begins if the model writes it again
+    correction: str  # how the words begin that the model is asked with
+
+
+ASKED = {
+    "broken": Asked(
         f"Wait. {BROKEN_TAG} So.",
         "Wait. ",
         'the model\'s tool call cannot be read, it is no valid JSON: Expecting value; it begins: {"name": "now", ',
         "Your tool call could not be read: it is no valid JSON",
     ),
-    "after words": (
+    "after words": Asked(
         'I call:\n```json\n{"name": "now", "arguments": {}}\n```',
         "I call:\n",
         'the answer holds a tool call that is not marked as one; it begins: {"name": "now", "arguments": {}}',
         "Your answer ends with a tool call",
     ),
-    "made-up result": (
+    "made-up result": Asked(
         "<tool_response>midnight</tool_response> It is midnight.",
         "",
         "the model made up the result of a tool; it begins: <tool_response>midnight",
@@ -440,47 +429,37 @@ ASKED = {  # what it writes, what of this the user sees, the error if it stays s
 }
 
 
-@pytest.mark.parametrize(("written", "seen", "line", "correction"), ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 def test_model_corrects_what_may_be_a_call(
-    written: str,
-    seen: str,
-    line: str,
-    correction: str,
-    chain: Chain,
-    server: Loopback,
-    sleeps: list[float],
-    caplog: pytest.LogCaptureFixture,
+    asked: Asked, chain: Chain, server: Loopback, sleeps: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is shown what it wrote and told what is wrong with it, answers again at once, and only that answer is kept."""
-    server.answers += [texts(*written), texts(NOW_TAG)]
+    server.answers += [texts(*asked.written), texts(NOW_TAG)]
     with caplog.at_level(logging.INFO, "llm_autonomous"):
         chained = chain("Hello", tools=[now])
-    assert "".join(chained.text.split("\n")) == seen.strip("\n") + "llama: now said noon"
+    assert "".join(chained.text.split("\n")) == asked.seen.strip("\n") + "llama: now said noon"
     assert chained.calls == [[("now", {})], []]
     first, second, third = (request.messages for request in server.requests)
     *before, answer, told = second
-    assert (before, answer) == (first, {"role": "assistant", "content": written})
+    assert (before, answer) == (first, {"role": "assistant", "content": asked.written})
     assert told["role"] == "user"
-    assert told["content"].startswith(correction)
+    assert told["content"].startswith(asked.correction)
     assert "<tool_call>" in told["content"]
-    assert correction not in json.dumps(third)
+    assert asked.correction not in json.dumps(third)
     assert sleeps == []
-    [record] = [record for record in caplog.records if record.name == "llm_autonomous"]
-    assert "asking the model to correct it" in record.getMessage()
+    [message] = [record.getMessage() for record in caplog.records if record.name == "llm_autonomous"]
+    assert "asking the model to correct it" in message
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-@pytest.mark.parametrize(("written", "seen", "line", "correction"), ASKED.values(), ids=ASKED)
-def test_model_is_asked_once(
-    written: str, seen: str, line: str, correction: str, stream: bool, chain: Chain, server: Loopback
-) -> None:
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_model_is_asked_once(asked: Asked, chain: Chain, server: Loopback) -> None:
     """If it writes the same again, the user gets one line that begins with what it wrote, and no tool is called."""
-    server.answer = texts(written)
-    chained = chain("Hello", tools=[now], stream=stream)
-    assert str(chained.error).startswith(f"127.0.0.1:{server.port}: {line}")
+    server.answer = texts(asked.written)
+    chained = chain("Hello", tools=[now])
+    assert str(chained.error).startswith(f"127.0.0.1:{server.port}: {asked.line}")
     assert str(chained.error).endswith("(2 attempts)")
     assert str(chained.error).isprintable()
-    assert "".join(chained.chunks).split() == (seen * 2).split()
+    assert "".join(chained.chunks).split() == (asked.seen * 2).split()
     assert len(server.requests) == 2
 
 
@@ -530,16 +509,14 @@ def test_503_after_a_broken_call(chain: Chain, server: Loopback, sleeps: list[fl
     assert len(sleeps) == 1
 
 
-def test_broken_call_after_a_good_one(
-    chain: Chain, server: Loopback, record: Callable[[str], str], recorded: list[str]
-) -> None:
+def test_broken_call_after_a_good_one(chain: Chain, server: Loopback, record: Any) -> None:
     """The second answer replaces both: no call is made twice."""
     tags = [f'<tool_call>{{"name": "record", "arguments": {{"what": "{what}"}}}}</tool_call>' for what in ("a", "b")]
     server.answers += [texts(tags[0], tags[1].replace("}", "")), texts(*tags)]
     chained = chain(tools=[record])
     assert chained.text == "llama: record said done, record said done"
     assert chained.calls[0] == [("record", {"what": "a"}), ("record", {"what": "b"})]
-    assert recorded == ["a", "b"]
+    assert record.calls == ["a", "b"]
     assert server.requests[2].messages[2]["content"].count("<tool_call>") == 2
 
 
