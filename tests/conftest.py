@@ -26,7 +26,8 @@ import pytest
 from click.testing import CliRunner
 from llm.cli import cli
 from llm.parts import Message, TextPart
-from loopback import Loopback, environment
+from loopback import DONE, Connection, Loopback, Request, delta, environment, event, say
+from loopback import Answer as Reply
 
 import llm_autonomous
 from llm_autonomous import Attempt, AutonomousError, Exchange
@@ -40,6 +41,15 @@ Start = Callable[..., Command]
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
+
+STOP = event(delta(finish_reason="stop")) + DONE
+NOW_TAG = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+DOG = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+CLEO = '{"name": "Cleo", "age": 4}'
 
 # Each look-up makes all models of all plugins again, which costs the oldest llm 0.3 s.
 get_model = functools.cache(llm.get_model)
@@ -167,6 +177,32 @@ def chain(request: pytest.FixtureRequest) -> Chain:
     return lambda *args, **kwargs: asyncio.run(chain_async(*args, **kwargs))
 
 
+def now() -> str:
+    return "noon"
+
+
+def texts(*pieces: str, usage: dict[str, Any] | None = None) -> Reply:
+    """An answer of these pieces of text."""
+    last = [event({"choices": [], "usage": usage})] if usage else []
+    return say([*(event(delta(piece)) for piece in pieces), *last, STOP])
+
+
+def cut(*pieces: str) -> Reply:
+    """An answer of these pieces, after which the connection is lost."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        for piece in pieces:
+            await connection.send(event(delta(piece)))
+        await connection.drop()
+
+    return answer
+
+
+async def refuse(request: Request, connection: Connection) -> None:
+    await connection.whole(b"overloaded", "503 Service Unavailable")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c() -> None:
     """Ctrl-C interrupts the processes that tests start, even if a script started the tests with ``&``.
@@ -263,6 +299,13 @@ def invoke(*arguments: str, typed: str | None = None) -> tuple[str, str, int]:
     result = CliRunner().invoke(cli, arguments, input=typed, prog_name="llm")
     assert isinstance(result.exception, SystemExit | None), result.exception  # it would be a traceback
     return result.stdout, result.stderr, result.exit_code
+
+
+def run(*arguments: str, typed: str | None = None) -> str:
+    """What `llm` says where nothing is wrong."""
+    stdout, stderr, code = invoke(*arguments, typed=typed)
+    assert (stderr, code) == ("", 0)
+    return stdout
 
 
 @pytest.fixture(name="start")
