@@ -334,7 +334,8 @@ class Storm:
     replying: int = 0  # replies that the server has begun and that neither it nor the client has left
     plain: list[str] = field(default_factory=list)  # the answers to prompts after it, sync and async
     open: int = 0  # connections that the server holds then, while the event loop goes on
-    open_after_loop: set[int] = field(default_factory=set)  # of those that async prompts used
+    used: set[int] = field(default_factory=set)  # connections of async prompts
+    open_after_loop: set[int] = field(default_factory=set)  # of those
     open_at_the_end: int = 0  # once the sync client is closed
 
     async def answer(self, request: Request, connection: Connection) -> None:
@@ -347,6 +348,8 @@ class Storm:
         case = self.cases[int(named[1])]
         act = case.acts[min(case.attempts + 1, len(case.acts)) - 1]
         case.attempts += 1
+        if case.number % 2:
+            self.used.add(request.connection)
         self.replying += 1
         try:
             for step in ACTS[act]:
@@ -411,10 +414,8 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Storm:
         monkeypatch.setattr(llm_autonomous, "BACKOFF", (0.01, 0.02))
         monkeypatch.setattr(llm_autonomous, "END_TIMEOUT", 0.1)
         asyncio.run(hold(storm, server))
-        even = re.compile(r"storm \d*[02468]")
-        used = {r.connection for r in server.requests[:-2] if not even.fullmatch(r.messages[-1]["content"])}
-        until(lambda: not server.open & used)
-        storm.open_after_loop = server.open & used
+        until(lambda: not server.open & storm.used)
+        storm.open_after_loop = server.open & storm.used
         close_connections()
         until(lambda: not server.open)
         storm.open_at_the_end = len(server.open)
