@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import llm
 import pytest
 import sqlite_utils
-from conftest import Ask, get_model, invoke, new_attempt
+from conftest import CLEO, DOG, NOW_TAG, Ask, get_model, invoke, new_attempt, now
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm.migrations import migrate
@@ -522,15 +522,10 @@ ERRORS = {
 # Reasoning, and the tools and schemas beside it
 
 
-def now() -> str:
-    """The time of day"""
-    return "noon"
-
-
 SEE = "Let me see."
-NOW, NOW_TAG = '{"name": "now", "parameters": {}}', '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+NOW = '{"name": "now", "parameters": {}}'
+REX = '{"name": "Rex", "age": 7}'
 TOOLS = {"tools": [llm.Tool.function(now)]}
-DOG = {"schema": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}}
 TAGS = (("<think>", "</think>"), ("<scratch_pad>", "</scratch_pad>"))
 SPACED = (("<think>\n", "\n</think>\n\n"), ("\n<think>", "</think>\n"))
 FIELDS = ("reasoning_content", "reasoning")
@@ -585,7 +580,7 @@ REASONING = {
     },
     "a call after reasoning in a field": reasoned(thought(SEE), delta(NOW), **CALLED),
     "JSON in <think>": reasoned(
-        '<think>{"name": 7}</think>\n{"name": "Cleo"}', answer='{"name": "Cleo"}', reasoning='{"name": 7}', given=DOG
+        f"<think>{CLEO}?</think>\n{REX}", answer=REX, reasoning=f"{CLEO}?", given={"schema": DOG}
     ),
 }
 
