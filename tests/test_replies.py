@@ -514,7 +514,8 @@ ERRORS = {
     **{f"{name}, later": Row(A + stream(v), "a", warning=f"{PARTLY} … no GPU") for name, v in UNCLEAR.items()},
     **{f"event: error, {name}, first": Row(value, error="error") for name, value in NAMELESS.items()},
     **{f"event: error, {name}, later": Row(A + value + DONE, "a", error="error") for name, value in NAMELESS.items()},
-    "the last words of a server": Row(A + b"Server Error\n", "a", error=f"{INCOMPLETE} … Server Error"),
+    "last words after a delta": Row(A + b"Oh no\n", "a", error=f"{INCOMPLETE} … Oh no"),
+    "last words after a choice of text": Row(events(choice(text="a")) + b"Oh no\n", "a", error="Oh no"),
     "of a filter, without text": Row(stream(choice({"content": ""}, **FILTER)), error="timed out"),
     "of a filter, beside text": Row(stream(choice({"content": "a"}, **FILTER)), "a"),
 }
