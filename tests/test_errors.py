@@ -109,15 +109,15 @@ def test_connection_not_made_in_time(ask: Ask, monkeypatch: pytest.MonkeyPatch) 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host = f"127.0.0.1:{listener.getsockname()[1]}"
         monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"https://{host}")
-        line = ask(options={"timeout": 0.05}).line
+        line = ask(timeout=0.05).line
     assert line == f"{host}: cannot connect: no reply within 0.05 s (3 attempts)"
 
 
 def test_silence(ask: Ask, server: Loopback) -> None:
     """A server that takes the prompt and says nothing is given up on, and the line says how to wait longer."""
     server.answer = stall
-    line = ask(options={"timeout": 0.1}).line
-    assert line == f"127.0.0.1:{server.port}: silent for 0.1 s; -o timeout sets the limit"
+    line = ask(timeout=0.5).line
+    assert line == f"127.0.0.1:{server.port}: silent for 0.5 s; -o timeout sets the limit"
     assert len(server.requests) == 1
 
 
@@ -151,7 +151,7 @@ def test_service_itself_is_often_down(ask: Ask, fault: str, monkeypatch: pytest.
         monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"{scheme}://{SERVICE}:{port}")
         if fault == "DNS":
             monkeypatch.setattr(socket, "getaddrinfo", no_address)
-        line = ask(options={"timeout": 0.1}).line
+        line = ask(timeout=0.1).line
     assert line.startswith(f"{SERVICE}:{port}: ")
     assert "The service is often down; `llm autonomous check` shows which models answer" in line
 
@@ -164,7 +164,7 @@ def no_address(*args: Any, **kwargs: Any) -> Any:
 def test_another_host_is_not_the_service(ask: Ask, server: Loopback, fault: Answer) -> None:
     """Of a server that is not the service, nothing of the kind is said."""
     server.answer = fault
-    assert "often down" not in ask(options={"timeout": 0.1}).line
+    assert "often down" not in ask(timeout=0.1).line
 
 
 # A status that is an error
