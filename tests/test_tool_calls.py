@@ -110,6 +110,7 @@ CALLS: dict[str, tuple[str, Parts]] = {
     "no closing tags": (f"<tool_call>{ADD_JSON}<tool_call>{NOW_JSON}", [ADD, NOW]),
     "text around": (f"One: {ADD_TAG} two: {NOW_TAG} three.", ["One:", ADD, "two:", NOW, "three."]),
     "after half a tag": (f"a <<tool_{ADD_TAG}", ["a <<tool_", ADD]),
+    "before much text": (f"a <{ADD_TAG}{' and so on' * 30}", ["a <", ADD, ("and so on " * 30).strip()]),
     "after a tag that is text": (f"The tag <tool_call> is: {ADD_TAG}", ["The tag <tool_call> is:", ADD]),
     "in a tag that is doubled": (f"<tool_call>\n{NOW_TAG}", [NOW]),
     "before tags that are text": (f"{NOW_TAG} with <tool_call>. <tool_", [NOW, "with <tool_call>. <tool_"]),
@@ -285,7 +286,6 @@ TEXTS = {
     "a link": "[now](https://example.com) is the time.",
     "a function that is not offered": '<function=subtract>{"a": 1}</function>',
     "python tag and code": "<|python_tag|>print(1)",
-    "half a python tag": "<|pyth",
     "quotes": "'a' \"b\" 'c\" \\' \\\"",
     "no ASCII": "Привет < 𝄞 {é}\u2028[",
 }
@@ -576,7 +576,7 @@ ENDLESS = {  # what comes first, and what again and again
     "{": ("", "{"),
     "[": ("", "["),
     "white space": ("", " "),
-    "fences": ("", "```"),
+    "fences": ("", "``` "),
     "tags": ("", "<tool_call>"),
     "tags of a result": ("", "<tool_response>"),
     "half a tag": ("Text ", "<tool_"),
@@ -606,9 +606,9 @@ ENDLESS = {  # what comes first, and what again and again
 
 @pytest.mark.parametrize(("start", "again"), ENDLESS.values(), ids=ENDLESS)
 def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
-    """Half a megabyte of anything, in pieces of a few characters, is read in moments."""
+    """A megabyte of anything, in pieces of a few characters, is read in moments."""
     parser = ToolCallParser(NAMES)
-    for piece in in_pieces(start + again * (512 * KIB // len(again)), 16):
+    for piece in in_pieces(start + again * (1024 * KIB // len(again)), 16):
         parser.feed([piece])
     parser.feed([], end=True)
 
