@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
-import datetime
 import email.utils
 import functools
 import importlib.metadata
@@ -70,12 +69,14 @@ JITTER = 0.25  # as a fraction of the wait
 MAX_RETRY_AFTER = 10.0  # seconds; if the server asks for more, the prompt fails at once
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-# A finish reason with none of these words means that the answer may be cut short.
+# A finish reason with none of these words means that the answer may be cut short. "Finish" counts only at the end, as
+# some servers begin all their reasons with it, such as FINISH_REASON_SAFETY.
 USUAL_FINISH_REASON = (
     r"(?i)(?<![a-z])(stop(ped)?|eo[st]|end|completed?|done|finish(ed)?$|success|normal|tool|function)(?![a-z])"
 )
+LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
-THINKING_TAGS = ("<think>", "<scratch_pad>")
+THINKING_TAGS = ("think", "scratch_pad")
 # The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
 CODINGS = r"\b(?:aes128gcm|br|deflate|exi|dcb|dcz|(?:x-)?compress|(?:pack200-|x-)?gzip|zstd)\b"
 
@@ -86,7 +87,7 @@ MAX_BEGINNING = 1024  # bytes of a reply to remember, in case that it turns out 
 MAX_EXCERPT = 300  # characters of the server's own words in an error
 
 
-# The models
+# --- The models -------------------------------------------------------------------------------------------------------
 
 
 class ServiceModel(NamedTuple):
@@ -108,6 +109,7 @@ class ServiceModel(NamedTuple):
 
 
 IMAGE_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif"})
+OTHER_IMAGE_NAMES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
 
 SERVICE_MODELS = (
     ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous",)),
@@ -118,7 +120,7 @@ SERVICE_MODELS = (
 )
 
 
-# Registration: touches neither network nor files, and cannot raise
+# --- Registration: touches neither network nor files, and cannot raise ------------------------------------------------
 
 
 @llm.hookimpl(trylast=True)
@@ -132,7 +134,7 @@ def register_models(register: Callable[..., None], model_aliases: list[ModelWith
         register(Autonomous(service), AsyncAutonomous(service), aliases=aliases)
 
 
-# What is sent
+# --- What is sent -----------------------------------------------------------------------------------------------------
 
 
 class AutonomousOptions(llm.Options):
@@ -196,8 +198,10 @@ with one <tool_call> for each call, with the name of the tool and its arguments 
 </tool_call>
 You will get the results in the next message. If no tool fits the request, answer the user directly."""
 RESULT = "The tool {name} returned:\n{output}"
+EMPTY_RESULT = "The tool {name} ran without an error and returned an empty result."
 AFTER_RESULTS = "Use these results to answer my request. If you still need another tool for it, call that tool now."
 EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
+SHORTER = "Your answer was cut short because it reached your length limit. Write a shorter one."
 SCHEMA_INSTRUCTIONS = """\
 Reply with a JSON value that follows this JSON schema:
 {schema}
@@ -235,7 +239,7 @@ def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
         return inner(choices[0])
     if "const" in schema:
         return schema["const"]
-    if "enum" in schema:
+    if "enum" in schema:  # all of them, as a model would copy a single one
         return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
     kind = schema.get("type")
     if isinstance(kind, list):
@@ -259,40 +263,57 @@ def build_messages(
     ``content`` is a string, or a list of OpenAI content parts if there are images of ``image_types``. If this prompt
     has ``tools``, earlier tool calls and results are written in the form that the model knows. Otherwise they
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
-    with another model can go on. Reasoning and empty messages are left out. ``instructions`` are added to the system
-    prompt, and what the model has to do ``after_results`` to the last message if the model has not seen them yet.
+    with another model can go on. Reasoning and empty messages are left out.
+
+    ``instructions`` are added to the system prompt, and ``after_results`` to the last message. If there are images, the
+    system prompt stands at the beginning of the first user message.
     """
-    built: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = []
     if instructions:
         own = messages[0].parts if messages and messages[0].role == "system" else []
         part = TextPart(f"\n\n{instructions}" if own else instructions)
         messages = [llm.Message(role="system", parts=[*own, part]), *messages[1 if own else 0 :]]
-    if after_results and holds_new_results(messages):
+    if after_results:
         *before, last = messages
         gap = "\n\n" if last.parts and isinstance(last.parts[-1], TextPart) else ""
         messages = [*before, llm.Message(role=last.role, parts=[*last.parts, TextPart(gap + after_results)])]
-    for message in messages:
-        if content := build_content(message.parts, image_types, tools):
-            role = message.role if message.role in ("system", "assistant") else "user"
-            built.append({"role": role, "content": content})
-    return built
+    new = since_answer(messages)
+    for number, message in enumerate(messages, len(new) - len(messages)):
+        role = message.role if message.role in ("system", "assistant") else "user"
+        types = image_types if role == "user" else frozenset()  # OpenAI-shaped servers refuse images in other roles
+        text, images = read_parts(message.parts, types, tools, new=number >= 0)
+        if text or images:
+            turns.append({"role": role, "text": text, "images": images})
+    if any(turn["images"] for turn in turns):
+        # Llama 3.2 Vision's own chat template refuses a system message beside an image.
+        system = [turn["text"] for turn in turns if turn["role"] == "system"]
+        turns = [turn for turn in turns if turn["role"] != "system"]
+        first = next(turn for turn in turns if turn["role"] == "user")
+        first["text"] = "\n\n".join(filter(None, [*system, first["text"]]))
+    return [{"role": turn["role"], "content": join_content(turn["text"], turn["images"])} for turn in turns]
+
+
+def join_content(text: str, images: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The ``content`` of a message: its text, or OpenAI's content parts if there are images."""
+    if not images:
+        return text
+    return [{"type": "text", "text": text}, *images] if text else images
+
+
+def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
+    """The messages that the model has not answered yet."""
+    return [*itertools.takewhile(lambda message: message.role != "assistant", reversed(messages))][::-1]
 
 
 def holds_new_results(messages: list[llm.Message]) -> bool:
-    """Whether tools have run since the model last answered.
-
-    Their results need not be the last message: what they attached follows in one of its own.
-    """
-    for message in reversed(messages):
-        if message.role == "assistant":
-            return False
-        if any(isinstance(part, ToolResultPart) for part in message.parts):
-            return True
-    return False
+    """Whether tools have run since the model last answered."""
+    return any(isinstance(part, ToolResultPart) for message in since_answer(messages) for part in message.parts)
 
 
-def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -> str | list[dict[str, Any]]:
-    """The ``content`` of one message: its text, or its text and then its images."""
+def read_parts(
+    parts: list[Part], image_types: frozenset[str], tools: bool, new: bool
+) -> tuple[str, list[dict[str, Any]]]:
+    """The text and the images of one message. Raises if an image cannot be read, and the message is ``new``."""
     blocks: list[str] = []
     images: list[dict[str, Any]] = []
     previous: Part | None = None
@@ -306,53 +327,61 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
         elif isinstance(part, AttachmentPart) and part.attachment:
             attachments = [part.attachment]
         elif isinstance(part, ToolCallPart):
-            blocks.append(call_text(part, tools))
+            blocks.append(format_call(part, tools))
         elif isinstance(part, ToolResultPart):
-            blocks.append(result_text(part, tools))
+            blocks.append(format_result(part, tools))
             attachments = part.attachments
         for attachment in attachments:
-            if url := image_url(attachment, image_types):
+            if url := image_url(attachment, image_types, new):
                 images.append({"type": "image_url", "image_url": {"url": url}})
             else:
                 blocks.append(f"[{attachment.type or 'file'} attachment, not shown to this model]")
         previous = part
-    text = "\n".join(block for block in blocks if block)
-    if not images:
-        return text
-    return [{"type": "text", "text": text}, *images] if text else images
+    return "\n".join(block for block in blocks if block), images
 
 
-def call_text(part: ToolCallPart, tools: bool) -> str:
+def format_call(part: ToolCallPart, tools: bool) -> str:
     if not tools:
         return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
-    return tool_call({"name": part.name, "arguments": part.arguments})
+    call = json.dumps({"name": part.name, "arguments": part.arguments}, ensure_ascii=False, default=str)
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
-def result_text(part: ToolResultPart, tools: bool) -> str:
+def format_result(part: ToolResultPart, tools: bool) -> str:
+    """What a tool returned, in words if that is empty. `llm` passes None on as ``null``."""
+    name, output, failure = part.name, cast(Any, part.output), part.exception
+    if not isinstance(output, str):
+        output = json.dumps(output, default=repr)
+    if failure is not None:  # "ValueError: ", if the exception had no words
+        failure = f"{failure}no message was given" if failure.endswith(": ") else failure
+        output = f"Error: {failure}" if output.strip() in ("", "Error:") else output
+    elif output.strip() in ("", "null") and not part.attachments:
+        return (EMPTY_RESULT if tools else f"[{EMPTY_RESULT}]").format(name=name)
     if not tools:
-        return f"[the tool {part.name} {f'failed: {part.exception}' if part.exception else f'returned: {part.output}'}]"
-    output = part.output or (f"Error: {part.exception}" if part.exception else "")
-    return RESULT.format(name=part.name, output=output)
+        return f"[the tool {name} {f'returned: {output}' if failure is None else f'failed: {failure}'}]"
+    return RESULT.format(name=name, output=output)
 
 
-def tool_call(value: dict[str, Any]) -> str:
-    """A tool call as the model is asked to write it."""
-    return f"<tool_call>\n{json.dumps(value, ensure_ascii=False, default=str)}\n</tool_call>"
-
-
-def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
+def image_url(attachment: llm.Attachment, image_types: frozenset[str], new: bool) -> str | None:
     """The URL of an image of one of ``image_types``: its own, or a ``data:`` URL of its bytes. None for anything else.
 
     Nothing is fetched. `llm` has already asked the URL for its type, and a URL without one is taken to be an image.
     """
-    if not image_types or (attachment.url and not attachment.content):
-        return attachment.url if image_types and attachment.type in (None, *image_types) else None
+    if not image_types:
+        return None
     try:
-        encoded, kind = attachment.base64_content(), attachment.resolve_type()
+        is_link = attachment.url and not attachment.content
+        kind = attachment.type if is_link else attachment.resolve_type()
+        kind = kind and OTHER_IMAGE_NAMES.get(kind.partition(";")[0].strip().lower(), kind)
+        if is_link:
+            return attachment.url if kind in (None, *image_types) else None
+        return f"data:{kind};base64,{attachment.base64_content()}" if kind in image_types else None
     except (OSError, TypeError, ValueError) as error:
+        if new:
+            path, reason = attachment.path or "", reason_of(error)
+            raise AutonomousError(f"cannot read the attachment {path}: {reason}; nothing was sent") from None
         logger.warning("an image of this conversation is not sent, since it can no longer be read: %s", error)
         return None
-    return f"data:{kind};base64,{encoded}" if kind in image_types else None
 
 
 def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
@@ -417,7 +446,7 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
     return proxy
 
 
-# How the reply is read, without any I/O: bytes -> JSON values -> text -> text and tool calls
+# --- How the reply is read, without any I/O: bytes -> JSON values -> text -> text and tool calls ----------------------
 
 
 class Framing:
@@ -559,6 +588,15 @@ def skip(pattern: str, text: str, start: int = 0) -> int:
     return found.end() if found else start
 
 
+# The fields that OpenAI documents for a chunk, those for a choice and the delta or message in it, and what others add.
+CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"}
+CHUNK_FIELDS |= {"usage", "finish_reason"}
+ANSWER_FIELDS = {"index", "delta", "message", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
+ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations", "type"}
+# Beside text in a delta, none of these holds anything new.
+PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
+
+
 class Completion:
     """Turns the values of a reply into the text and the reasoning of an answer.
 
@@ -575,7 +613,7 @@ class Completion:
         self.whole = False  # the answer is complete: there was a finish reason, or a whole completion
         self.not_understood: Any = None  # the first value that may hold a part of the answer in an unknown form
         self.error: AutonomousError | None = None
-        self._pieces: list[str | StreamEvent] = []  # what `feed` will return
+        self._pieces: list[Any] = []  # what `feed` will return
         self._in_deltas = False  # some text has come in a delta, so a message only repeats it
         self._halves = {"reasoning": "", "text": ""}  # half a character at the end of each
 
@@ -587,7 +625,7 @@ class Completion:
                     self._add("text", text)
                     self.whole = False
                     continue
-                understood = [self._read(chunk) for chunk in (value if isinstance(value, list) else [value])]
+                understood = [self._read_chunk(chunk) for chunk in (value if isinstance(value, list) else [value])]
                 if self.not_understood is None and not all(understood):
                     self.not_understood = value
             if end:
@@ -596,9 +634,10 @@ class Completion:
         except AutonomousError as error:
             self.error = error
         pieces, self._pieces = self._pieces, []
-        return joined(pieces) if len(pieces) > 1 else pieces
+        # Each piece is work for `llm`, so texts that arrive together are joined.
+        return ["".join(pieces)] if len(pieces) > 1 and {*map(type, pieces)} == {str} else pieces
 
-    def _read(self, chunk: Any) -> bool:
+    def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
         if self._in_deltas and isinstance(chunk, str) and (isinstance(chunk, Words) or mentions_error(chunk)):
             # These are the last words of a server or a proxy that died.
@@ -613,8 +652,9 @@ class Completion:
         if all_fields.keys() - CHUNK_FIELDS - ANSWER_FIELDS and (error := reported_error(all_fields)):
             raise error
         finished = self._read_outcome(all_fields)
-        reasoning, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
-        text, odd_text = text_of(answer, "content", "text", "refusal")
+        reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
+        text, thought, odd_text = text_of(answer, "content", "text", "refusal")
+        reasoning += thought
         self._add("reasoning", reasoning, end=bool(text))
         self._add("text", text)
         self._in_deltas = self._in_deltas or bool(text and delta)
@@ -623,6 +663,7 @@ class Completion:
             return False
         if text or reasoning:
             return True
+        # Beside a finish reason, a choice says more about the end, such as a stop_reason.
         unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
         if not unknown and holds_more(fields, CHUNK_FIELDS):
             # Beside a choice or the usage, and before any text, it is about the request, unless it mentions an error.
@@ -658,15 +699,6 @@ class Completion:
             self._pieces.append(text if kind == "text" else StreamEvent(type="reasoning", chunk=text))
 
 
-# The fields that OpenAI documents for a chunk, those for a choice and the delta or message in it, and what others add.
-CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"}
-CHUNK_FIELDS |= {"usage", "finish_reason"}
-ANSWER_FIELDS = {"index", "delta", "message", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
-ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations"}
-# Beside text in a delta, none of these holds anything new.
-PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
-
-
 def plain_text(value: Any) -> str:
     """The text of a chunk in which nothing else matters, as in most chunks: they should be fast. Empty for others."""
     try:
@@ -680,29 +712,23 @@ def plain_text(value: Any) -> str:
     return ""
 
 
-def joined(pieces: list[str | StreamEvent]) -> list[str | StreamEvent]:
-    """The pieces, with neighbouring texts joined: each piece is work for `llm`."""
-    out: list[str | StreamEvent] = []
-    for kind, group in itertools.groupby(pieces, type):
-        neighbours: list[Any] = [*group]
-        out += ["".join(neighbours)] if kind is str else neighbours
-    return out
+def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
+    """The text in the first of these fields that is filled, the reasoning in it, and whether it holds more than that.
 
-
-def text_of(fields: dict[str, Any], *names: str) -> tuple[str, bool]:
-    """The text in the first of these fields that is filled, and whether there is something else in it as well.
-
-    It may be a string, or a list of OpenAI's content parts.
+    It may be a string, or a list of OpenAI's content parts. Mistral puts reasoning into parts of its own.
     """
     content: Any = next((fields[name] for name in names if name in fields), [])
-    texts, odd = [], False
+    text, thought, more = "", "", False
     for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            texts.append(text)
+        held = filled(part if isinstance(part, dict) else {"text": part})
+        if "thinking" in held:
+            inner, _, odd = text_of(held, "thinking")
+            thought, more = thought + inner, more or odd
+        elif isinstance(held.get("text"), str):
+            text += held["text"]
         else:
-            odd = odd or bool(filled(part).keys() - {"type"})
-    return "".join(texts), odd
+            more = more or bool(held.keys() - {"type"})
+    return text, thought, more
 
 
 def filled(value: Any) -> dict[str, Any]:
@@ -712,7 +738,7 @@ def filled(value: Any) -> dict[str, Any]:
 
 
 def holds_more(fields: dict[str, Any], known: set[str]) -> bool:
-    """Whether there is text, a list or an object in a field that is not ``known``."""
+    """Whether there is text, a list or an object in a field that is not ``known``. Numbers do not count."""
     return any(isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
 
 
@@ -743,7 +769,7 @@ class Thinking:
         text = "".join(held)
         found = re.compile(rf"\s*{THOUGHT}\s*").match(text)
         if not found:
-            begins = any(tag.startswith(text.lstrip()) for tag in THINKING_TAGS)
+            begins = any(f"<{tag}>".startswith(text.lstrip()) for tag in THINKING_TAGS)
             if begins and len(text) < MAX_HELD and not end:
                 self._held = held
                 return []
@@ -762,10 +788,10 @@ class Thinking:
 
 # Reasoning in tags, even without an end. Like all patterns here, it is a string: `re` compiles them when they are first
 # used, and `llm --help` never uses them.
-THOUGHT = r"(?s:<(?P<tag>think|scratch_pad)>(?P<thought>.*?)(?P<closing></(?P=tag)>|\Z))"
+THOUGHT = rf"(?s:<(?P<tag>{'|'.join(THINKING_TAGS)})>(?P<thought>.*?)(?P<closing></(?P=tag)>|\Z))"
 
 
-# Tool calls and JSON in what the model wrote
+# --- Tool calls and JSON in what the model wrote ----------------------------------------------------------------------
 
 
 class ToolCallParser:
@@ -908,7 +934,7 @@ class ToolCallParser:
 
 OWN_TAGS = ("tool_call", "tools", "python_tag")  # what the model is asked to use, what is around the tools, and Llama's
 RESULT_TAG = "<tool_response>"
-# Up to three tags and fences before a call. It can match nothing, so it always matches.
+# Up to three tags and fences before a call. It can match nothing, so it always matches. The bounds keep it linear.
 WRAPPING = (
     r"((<function=(?P<function>[\w.-]{1,64})>|<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))"
     r"\s{0,99}){0,3}"
@@ -952,6 +978,9 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     return name if isinstance(name, str) else None, arguments, is_tool
 
 
+CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
+
+
 def read_call(value: Any) -> llm.ToolCall:
     """The tool call in a JSON value. Raises `ValueError` if there is none."""
     if not isinstance(value, dict):
@@ -959,16 +988,16 @@ def read_call(value: Any) -> llm.ToolCall:
     name, arguments, _ = call_fields(value)
     if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
-    if arguments is None and not {"name", "arguments", "parameters", "function", "type", "id"}.issuperset(value):
+    if arguments is None and not CALL_FIELDS.issuperset(value):  # which may hold the arguments under another name
         raise ValueError('it has no "arguments"')
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):  # then they are no object
             arguments = json.loads(arguments or "{}", strict=False)
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are not a JSON object')
-    if shallow(arguments, 100) != arguments:  # `llm`, which wraps them in more JSON, could fail to write them
+    if shallow(arguments, 100) != arguments:  # cut off at that depth; `llm` could fail to write them
         raise ValueError('its "arguments" are nested too deeply')
-    try:
+    try:  # the way through JSON finds NaN, and mends surrogates in all strings
         arguments = json.loads(replace_surrogates(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
     except ValueError:
         raise ValueError('its "arguments" contain NaN or Infinity, which are not JSON') from None
@@ -1017,9 +1046,9 @@ def matching_json(text: str, validator: Any) -> str:
     for value, written in [*find_json(text)][::-1]:
         try:
             # If the schema wants an object whose one required field is a list, models may write the list alone.
-            match validator.schema:
-                case {"required": [field]} if isinstance(value, list) and not validator.is_valid(value):
-                    value, written = {field: value}, f"{{{json.dumps(field)}: {written}}}"
+            required = validator.schema.get("required", [])
+            if isinstance(value, list) and len(required) == 1 and not validator.is_valid(value):
+                value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
             error = best_match(validator.iter_errors(value))
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
             raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
@@ -1029,6 +1058,7 @@ def matching_json(text: str, validator: Any) -> str:
             copied = True
         elif not mismatch:  # the last value is the one that was most likely meant
             # jsonschema's own message shows values as Python writes them, which a model would copy.
+            # A schema that is just `false` has no validator.
             wanted = as_json({error.validator: error.validator_value} if error.validator else False)
             mismatch = quoted(f"at {error.json_path}, the schema has {wanted}")
     problem = mismatch or ("it repeats the schema, without values" if copied else "it holds no JSON")
@@ -1076,7 +1106,7 @@ def shallow(value: Any, depth: int = 3) -> Any:
     return [shallow(nested, depth - 1) for nested in value] if isinstance(value, list) else value
 
 
-# What can go wrong
+# --- What can go wrong ------------------------------------------------------------------------------------------------
 
 
 class AutonomousError(llm.ModelError, click.ClickException):
@@ -1101,7 +1131,7 @@ class AutonomousError(llm.ModelError, click.ClickException):
         self.outage = outage
         self.correction = correction
 
-    def located(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
+    def for_user(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
         """The error as the user sees it, with the host and the number of attempts."""
         message = f"{url.netloc.decode()}: {self.message}"
         if attempts > 1:
@@ -1117,6 +1147,18 @@ def quoted(words: str) -> str:
     printable = "".join(char if char.isprintable() else " " for char in words[: 4 * MAX_EXCERPT])
     line = " ".join(printable.split())
     return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
+
+
+def explained(error: AutonomousError, envelope: dict[str, Any]) -> AutonomousError:
+    """What is wrong with an answer: first of all that it reached the model's limit, if it did."""
+    reason = quoted(str(envelope.get("finish_reason")))
+    if not re.search(LIMIT_REASON, reason):
+        return error
+    return AutonomousError(
+        f"the answer was cut short because it reached the model's limit (finish reason: {reason}): {error}",
+        outage=error.outage,
+        correction=error.correction and f"{SHORTER} {error.correction}",
+    )
 
 
 def not_understood(start: str) -> AutonomousError:
@@ -1179,18 +1221,15 @@ MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
 NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
 
 
-def reported_error(*places: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
-    """The error that one of some objects reports.
+def reported_error(fields: dict[str, Any]) -> AutonomousError | None:
+    """The error that an object reports.
 
-    It reports one in ``error`` or ``errors``, or in a message beside a code that does not stand for success, or without
-    a code if ``message_suffices``.
+    It is in ``error`` or ``errors``, or it is a message beside a code that does not stand for success.
     """
-    for place in places:
-        message = any(isinstance(place.get(key), (str, list)) and place[key] for key in MESSAGE_KEYS)
-        code = place.get("code", place.get("status_code"))
-        failed = message_suffices if code is None else is_error_value(code)
-        if is_error_value(place.get("error")) or is_error_value(place.get("errors")) or (message and failed):
-            return AutonomousError(f"the service reports an error: {quoted(error_words(place))}")
+    message = any(isinstance(fields.get(key), (str, list)) and fields[key] for key in MESSAGE_KEYS)
+    failed = message and is_error_value(fields.get("code", fields.get("status_code")))
+    if failed or is_error_value(fields.get("error")) or is_error_value(fields.get("errors")):
+        return AutonomousError(f"the service reports an error: {quoted(error_words(fields))}")
     return None
 
 
@@ -1241,13 +1280,12 @@ def parse_retry_after(value: str) -> float | None:
     If it was sent more than once, its values are separated by commas, and the longest wait counts.
     """
     waits = []
-    for part in re.split(r"(?<![a-z])\s*,", value):  # and not in "Wed, 21 Oct 2015 07:28:00 GMT"
-        if re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", part):
-            waits.append(float(part))
-            continue
-        with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):  # then it is neither
-            date = email.utils.parsedate_to_datetime(part)
-            waits.append(date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - time.time())
+    for part in re.split(r"(?<![a-z])\s*,\s*", value.strip()):  # not after the "Wed" of a date
+        with contextlib.suppress(ValueError, OverflowError):  # if it is no number, and the date does not exist
+            if re.fullmatch(r"[\d.]+", part):
+                waits.append(float(part))
+            elif date := email.utils.parsedate_tz(part):
+                waits.append(email.utils.mktime_tz(date) - time.time())
     return max(0.0, *waits) if waits else None
 
 
@@ -1258,7 +1296,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
     if isinstance(error, AutonomousError):
         return error
     cause = root_cause(error)
-    reason = reason_of(cause) or f"no reason given ({type(cause).__name__})"
+    reason = reason_of(cause)
     silent = isinstance(error, httpx.TimeoutException)
     # With any other words, httpcore and h11 mean a malformed reply.
     dropped = isinstance(error, httpx.NetworkError) or str(error).startswith(("Server disconnected", "peer closed"))
@@ -1266,28 +1304,38 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         lost = f"silent for {timeout:g} s" if silent else "the connection was lost" if dropped else reason
         return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply", retryable=dropped)
     if hasattr(cause, "verify_code"):
-        advice = ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority"
-        message = f"its certificate cannot be verified: {reason}"
-        return AutonomousError(message + (advice if cause.verify_code in UNKNOWN_ISSUER else ""), outage=True)
+        advice = CERTIFICATE_ADVICE.get(cause.verify_code, "")
+        return AutonomousError(f"its certificate cannot be verified: {reason}{advice}", outage=True)
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
         through = f" through the proxy {httpx.URL(proxy).netloc.decode()}" if proxy else ""
-        words = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s" if silent else reason
+        if silent:
+            reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
+        elif not reason or "EOF occurred" in reason:
+            # Only a TLS handshake ends without words of the operating system, or with these of OpenSSL.
+            reason = "the connection was closed during the TLS handshake"
         # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
         status = re.match(r"[0-9]{3}\b", reason)
         passing = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
         retryable = passing or not isinstance(error, httpx.ProxyError)
-        return AutonomousError(f"cannot connect{through}: {words}", retryable=retryable, outage=not proxy)
+        return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
     if dropped:
         return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
     if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
         return AutonomousError(f"the reply was not understood: {reason}")
-    return AutonomousError(f"the request failed: {type(error).__name__}: {reason}")
+    return AutonomousError(f"the request failed: {reason or 'no reason was given'}")
 
 
-# OpenSSL's codes for a certificate, or the last of a chain, that no known authority has signed.
-UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+# By OpenSSL's codes for what is wrong with a certificate.
+CERTIFICATE_ADVICE = {
+    9: ". Check the date and time of this computer",
+    10: ". Only the owner of the server can renew it",
+    **dict.fromkeys(
+        (2, 18, 19, 20, 21),  # its issuer is not known
+        ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority",
+    ),
+}
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -1305,10 +1353,11 @@ def reason_of(cause: BaseException) -> str:
     """What the operating system or OpenSSL says went wrong."""
     if type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
         return os.strerror(cause.errno)  # in place of which asyncio has words of its own
-    return quoted(getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause))
+    words = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause)
+    return quoted(words).rstrip(".")
 
 
-# Retries: one prompt, and the attempts to get it answered
+# --- Retries: one prompt, and the attempts to get it answered ---------------------------------------------------------
 
 
 def retry_wait(error: AutonomousError, number: int, limit: int) -> float | None:
@@ -1344,14 +1393,14 @@ class Exchange:
         in_json = schema_instructions(self.validator.schema) if self.validator else ""
         instructions, after_results = in_json, ""
         if self.tools:  # a model that knows the schema before it has the results makes them up
-            instructions, after_results = tool_instructions(self.tools), f"{AFTER_RESULTS} {in_json}".strip()
+            instructions = tool_instructions(self.tools)
+            after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         image_types = self.model.service.attachment_types
         messages = build_messages(prompt.messages, image_types, bool(self.tools), instructions, after_results)
-        last = messages[-1] if messages else {"role": "user", "content": ""}
+        roles = [message["role"] for message in messages if message["content"] != instructions]
         # The last message may be the assistant's. In a conversation, it is the answer before, and nothing was asked
-        # since. Elsewhere, the caller has begun the answer for the model. Our own instructions are no prompt, either.
-        nothing_new = last["role"] == "assistant" and conversation is not None
-        if nothing_new or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
+        # since. Elsewhere, the caller has begun the answer for the model.
+        if not roles or (roles[-1] == "assistant" and conversation is not None):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
 
@@ -1366,15 +1415,15 @@ class Exchange:
                 self._report(attempt)
                 return
             # Only `llm autonomous check` asks for a single attempt.
-            located = error.located(self.url, number, checking=limit == 1)
+            told = error.for_user(self.url, number, checking=limit == 1)
             wait, corrected = 0.0, attempt.corrected
             if error.correction and not corrected and number < limit:
                 step, corrected = "asking the model to correct it", attempt
             elif not attempt.yielded and (pause := retry_wait(error, number, limit)) is not None:
                 step, wait = f"trying again in {pause:.1f} s", pause
             else:
-                raise located from attempt.failure
-            logger.info("%s; %s", located, step)
+                raise told from attempt.failure
+            logger.info("%s; %s", told, step)
             attempt = kind(self, number + 1, wait, corrected)
 
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
@@ -1390,17 +1439,16 @@ class Exchange:
         if isinstance(model := envelope.get("model"), str):
             self.response.set_resolved_model(quoted(model))
         answers = [attempt.corrected, attempt] if attempt.corrected else [attempt]
-        usages = [answer.completion.envelope.get("usage") for answer in answers]
-        if usages := [usage for usage in usages if isinstance(usage, dict)]:
-            sent, received = (count_tokens(usages, key) for key in ("prompt_tokens", "completion_tokens"))
-            details = {key: value for key, value in usages[-1].items() if key.endswith("_details")}
+        if usage := add_up(*(answer.completion.envelope.get("usage") for answer in answers)):
+            details = {key: value for key, value in usage.items() if key.endswith("_details")}
+            sent, received = usage.get("prompt_tokens"), usage.get("completion_tokens")
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         if completion.not_understood is not None:
             excerpt = quoted(as_json(completion.not_understood))
             logger.warning("part of the reply was not understood; it begins: %s", excerpt)
         reason = quoted(str(envelope.get("finish_reason", "stop")))
         if not re.search(USUAL_FINISH_REASON, reason):
-            limit = ": it reached the model's limit" if re.search("(?i)length|max|limit", reason) else ""
+            limit = ": it reached the model's limit" if re.search(LIMIT_REASON, reason) else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not attempt.whole:
             logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
@@ -1420,10 +1468,16 @@ def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
     return cast("dict[str, Any] | None", schema)
 
 
-def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
-    # A number that SQLite cannot store would make `llm` fail to log a good answer.
-    counts = [usage[key] for usage in usages if isinstance(usage.get(key), int) and 0 <= usage[key] < 2**62]
-    return sum(counts) if counts else None
+def add_up(*usages: Any) -> dict[str, Any]:
+    """The token counts of several answers, each key by itself."""
+    total: dict[str, Any] = {}
+    for usage in usages:
+        for key, value in usage.items() if isinstance(usage, dict) else ():
+            if isinstance(value, dict):
+                total[key] = add_up(total.get(key), value)
+            elif isinstance(value, (int, float)) and 0 <= value < 2**62:  # more, SQLite could not store
+                total[key] = value + (total[key] if isinstance(total.get(key), (int, float)) else 0)
+    return total
 
 
 class Attempt:
@@ -1470,18 +1524,13 @@ class Attempt:
     @property
     def whole(self) -> bool:
         """Whether the answer is complete, so that losing the connection does no harm."""
-        return self.completion.whole or self.framing.ended or self._calls_only
+        return self.completion.whole or self.framing.ended or (self.parser is not None and self.parser.finished)
 
     @property
     def done(self) -> bool:
-        """Whether nothing that still arrives is worth reading."""
+        """Whether nothing that still arrives is worth reading: not even the end of the reply, and the usage."""
         page_read = self.refusal is not None and len(self.beginning) == MAX_PAGE_BYTES
-        return self.error is not None or page_read or self._calls_only
-
-    @property
-    def _calls_only(self) -> bool:
-        """Whether the model goes on to make up the results of its calls."""
-        return self.parser is not None and self.parser.finished
+        return self.error is not None or page_read or (self.parser is not None and self.parser.finished)
 
     def open(self, head: httpx.Response) -> None:
         """Take the status and headers of the reply."""
@@ -1498,16 +1547,17 @@ class Attempt:
         """Take the next bytes of the reply, and return the pieces of the answer that they complete."""
         limit = MAX_PAGE_BYTES if self.refusal else MAX_BEGINNING
         self.beginning += data[: limit - len(self.beginning)]
-        return self._out(self._read(data))
+        return self._out(self._decode(data))
 
     def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
         pieces: list[Any] = []
         if not self.error:  # an error that came before the end is more telling than what is found now
-            pieces = self._read(b"", end=True)
+            pieces = self._decode(b"", end=True)
             self.error = self._problem()
         if not self.error:
             pieces += self._parse([], end=True)
+            self.error = self.error and explained(self.error, self.completion.envelope)
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
@@ -1525,7 +1575,7 @@ class Attempt:
             raise TimeoutError("nothing more is needed, but the reply does not end")
         return min(timeout, self.deadline - now)
 
-    def _read(self, data: bytes, end: bool = False) -> list[Any]:
+    def _decode(self, data: bytes, end: bool = False) -> list[Any]:
         """The text, reasoning and tool calls completed by ``data`` or by the ``end`` of the reply."""
         if self.refusal or self.error:
             return []
@@ -1587,7 +1637,8 @@ class Attempt:
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
-        return AutonomousError(quoted(message), outage=True, correction=correction)
+        error = AutonomousError(quoted(message), outage=True, correction=correction)
+        return explained(error, self.completion.envelope)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1601,7 +1652,7 @@ class Attempt:
         return out
 
 
-# Connections: kept from prompt to prompt, because each costs a TLS handshake
+# --- Connections: kept from prompt to prompt, because each costs a TLS handshake --------------------------------------
 
 
 class ClientKey(NamedTuple):
@@ -1614,25 +1665,24 @@ class ClientKey(NamedTuple):
 
 
 class Client:
-    """An httpx client, which is one pool of connections, and a count of the prompts that use it.
-
-    `sync_client` and `async_client` count a prompt, and leaving the ``with`` block ends it.
-    """
+    """An httpx client, which is one pool of connections, and a count of the prompts that use it (``with``)."""
 
     def __init__(self, kind: Callable[..., Any], key: ClientKey) -> None:
         self.key = key
         self.http = new_http_client(kind, key)
         self.in_flight = 0
-        self.idle_since = 0.0
+        self.last_used = 0.0  # by time.monotonic()
         self.life: Any = None  # what closes an async client
 
     def __enter__(self) -> Any:
+        with lock():
+            self.in_flight += 1
         return self.http
 
     def __exit__(self, *exception: object) -> None:
         with lock():
             self.in_flight -= 1
-            self.idle_since = time.monotonic()
+            self.last_used = time.monotonic()
 
 
 _clients: dict[Client, None] = {}  # an ordered set
@@ -1644,39 +1694,34 @@ def lock() -> threading.RLock:
     return _locks.setdefault(os.getpid(), threading.RLock())
 
 
-def find_client(proxy: str, loop: asyncio.AbstractEventLoop | None) -> tuple[ClientKey, Client | None, list[Client]]:
-    """The client for another prompt, if there is one with room, and the clients that are no longer worth keeping.
+def find_client(
+    kind: Callable[..., Any], proxy: str, loop: asyncio.AbstractEventLoop | None = None
+) -> tuple[Client, list[Client]]:
+    """A client with room for another prompt, made if there is none, and those no longer worth keeping, to be closed.
 
     One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
     the others.
     """
-    key = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES)))
+    key, now = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES))), time.monotonic()
     own = [client for client in [*_clients] if client.key[:2] == key[:2]]
     found = next((client for client in own if client.key == key and client.in_flight < POOL_SIZE), None)
-    idle = [client for client in own if not client.in_flight and client is not found]
-    idle.sort(key=lambda client: client.idle_since, reverse=True)
-    expired = time.monotonic() - KEEPALIVE
-    return key, found, [old for n, old in enumerate(idle) if n >= MAX_IDLE_CLIENTS or old.idle_since < expired]
+    client = found or Client(kind, key)
+    client.last_used, _clients[client] = now, None
+    idle = sorted((old for old in own if not old.in_flight), key=lambda old: old.last_used, reverse=True)
+    unneeded = [old for n, old in enumerate(idle) if n >= MAX_IDLE_CLIENTS or old.last_used < now - KEEPALIVE]
+    for old in unneeded:
+        del _clients[old]
+    return client, unneeded
 
 
 def sync_client(proxy: str) -> Client:
-    """A client of this process for ``proxy``, made if there is none with room."""
     import httpx
 
     with lock():
-        key, client, unneeded = find_client(proxy, None)
-        for old in unneeded:
-            close_client(old)
-        if client is None:
-            client = Client(httpx.Client, key)
-            _clients[client] = None
-        client.in_flight += 1
-        return client
-
-
-def close_client(client: Client) -> None:
-    _clients.pop(client, None)
-    client.http.close()
+        client, unneeded = find_client(httpx.Client, proxy)
+    for old in unneeded:
+        old.http.close()
+    return client
 
 
 @atexit.register
@@ -1684,43 +1729,42 @@ def close_clients() -> None:
     """Close the sync clients of this process. The async ones are closed with their event loop."""
     for client in [*_clients]:
         if client.key[:2] == (os.getpid(), None):
-            close_client(client)
+            _clients.pop(client, None)
+            client.http.close()
 
 
 async def async_client(proxy: str) -> Client:
-    """A client of the running event loop for ``proxy``, made if there is none with room."""
     import asyncio
 
+    import httpx
+
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # under trio, for instance
+        raise AutonomousError("async prompts need an event loop of asyncio, and none is running") from None
     for other in [*_clients]:
         if other.key.loop and other.key.loop.is_closed():  # without having shut down
             _clients.pop(other, None)
-    key, client, unneeded = find_client(proxy, asyncio.get_running_loop())
-    while unneeded:
-        await unneeded[0].life.aclose()
-        key, client, unneeded = find_client(proxy, key.loop)
-    if client is None:
-        life = _live(key)
-        client = await anext(life)
-        client.life = life
-    client.in_flight += 1
+    client, unneeded = find_client(httpx.AsyncClient, proxy, loop)
+    if client.life is None:
+        client.life = _live(client)
+        await anext(client.life)
+    for old in unneeded:
+        await old.life.aclose()
     return client
 
 
-async def _live(key: ClientKey) -> AsyncGenerator[Client, None]:
-    """Makes an async client, and closes it when it is no longer needed or its event loop shuts down.
+async def _live(client: Client) -> AsyncGenerator[None, None]:
+    """Closes an async client when it is no longer needed or its event loop shuts down.
 
     A loop then closes every async generator that was started in it. There is no other way to learn of it in time.
     """
-    import httpx
-
-    client = Client(httpx.AsyncClient, key)
-    _clients[client] = None
     try:
-        yield client
+        yield
     finally:
         _clients.pop(client, None)
         # A loop that never shut down, as nest_asyncio leaves its own, no longer runs at the end of the process.
-        if key.process == os.getpid() and key.loop and key.loop.is_running():
+        if client.key.process == os.getpid() and client.key.loop and client.key.loop.is_running():
             await client.http.aclose()
 
 
@@ -1755,7 +1799,7 @@ def ssl_context(*certificates: str | None) -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-# What moves the bytes
+# --- What moves the bytes ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1826,7 +1870,7 @@ class _Shared:
     supports_tools = True
     supports_schema = True
     Options = AutonomousOptions
-    attempts = ATTEMPTS
+    attempts = ATTEMPTS  # `llm autonomous check` changes these two for its own models
     attempt_type: type[Attempt] = Attempt
 
     def __init__(self, service: ServiceModel) -> None:
@@ -1898,7 +1942,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     yield piece
 
 
-# The one command
+# --- The one command --------------------------------------------------------------------------------------------------
 
 
 @llm.hookimpl
@@ -1938,6 +1982,7 @@ def check(
         raise click.BadParameter("must be more than 0, and at most a day", param_hint="'--timeout'")
     try:
         models = [llm.get_async_model(model_id) for model_id in model_ids]
+        # --timeout limits each whole answer, so the limit on silence need not.
         settings = AutonomousOptions.model_validate({"timeout": MAX_TIMEOUT, **dict(options)})
     except llm.UnknownModelError as error:
         raise click.ClickException(error.args[0]) from None
@@ -2006,10 +2051,11 @@ async def _check(
             row["error"] = error.message
         except asyncio.TimeoutError:
             late = AutonomousError(f"no whole answer within {timeout:g} s", outage=True)
-            row["error"] = late.located(urls[service], checking=True).message
+            row["error"] = late.for_user(urls[service], checking=True).message
         if show:
             result = f"ok, {row['seconds']:.2f} s" if row["ok"] else row["error"]
-            click.echo(f"{service.model_id:<21} : {service.endpoint:<11} : {result}")
+            row_text, encoding = f"{service.model_id:<21} : {service.endpoint:<11} : {result}", sys.stdout.encoding
+            click.echo(row_text.encode(encoding, "backslashreplace").decode(encoding))  # its code page may lack some
         return row
 
     if show and sys.stderr.isatty():

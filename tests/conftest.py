@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import json
 import os
 import select
 import signal
@@ -357,3 +358,24 @@ def finish(process: Command) -> tuple[str, str, int]:
     """What a command said, what it complained of, and its exit code."""
     stdout, stderr = process.communicate(timeout=DEADLINE)
     return stdout, stderr, process.returncode
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+
+async def complete(request: Request, connection: Connection) -> None:
+    """Answer as OpenAI does: with what the last message was, and with usage in a stream only if it was asked for."""
+    text = f"upstream heard: {request.payload['messages'][-1]['content']}"
+    if not request.payload["stream"]:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        await connection.whole(json.dumps({"model": "tiny", "choices": [choice], "usage": USAGE}).encode())
+        return
+    await connection.head()
+    for word in text.split(" "):
+        await connection.send(event(delta(f"{word} ", model="tiny")))
+    await connection.send(event(delta(finish_reason="stop", model="tiny")))
+    if request.payload.get("stream_options") == {"include_usage": True}:
+        await connection.send(event({"choices": [], "usage": USAGE}))
+    await connection.send(DONE)
+    await connection.end()

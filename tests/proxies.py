@@ -1,4 +1,4 @@
-"""What the tests of faults and connections stand on: real proxies on 127.0.0.1, TLS, and Python processes.
+"""What the tests of faults and connections stand on: answers that fail, real proxies, TLS, and Python processes.
 
 A `Proxy` connects every name to 127.0.0.1, so that ``http://service.test:port`` can be reached through it alone.
 """
@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loopback import PATIENCE, Loopback, Server
+from loopback import PATIENCE, Answer, Connection, Loopback, Request, Server, speak
 
 TESTS = Path(__file__).parent
 PEM = TESTS / "loopback.pem"
@@ -63,6 +64,64 @@ def free_port() -> int:
         port = probe.getsockname()[1]
         assert isinstance(port, int)
         return port
+
+
+# Answers
+
+
+def together(count: int) -> Answer:
+    """The usual answer, once ``count`` prompts are at the server."""
+    waiting: list[asyncio.Event] = []
+
+    async def answer(request: Request, connection: Connection) -> None:
+        waiting.append(asyncio.Event())
+        if len(waiting) == count:
+            while waiting:
+                waiting.pop().set()
+        else:
+            await waiting[-1].wait()
+        await speak()(request, connection)
+
+    return answer
+
+
+def refuse(status: int, **headers: str) -> Answer:
+    """An error status, whose body says "overloaded"."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        await connection.whole(b'{"error": {"message": "overloaded"}}', f"{status} {HTTPStatus(status).phrase}", names)
+
+    return answer
+
+
+def cut(*pieces: bytes, head: bool = True, reset: bool = False) -> Answer:
+    """An answer of these pieces, after which the connection drops."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        if head:
+            await connection.head()
+        for piece in pieces:
+            await connection.send(piece)
+        await connection.drop(reset)
+
+    return answer
+
+
+def silent(*pieces: bytes, head: str | None = "200 OK") -> Answer:
+    """An answer of these pieces, after which nothing comes."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        if head:
+            await connection.head(head)
+        for piece in pieces:
+            await connection.send(piece)
+        await connection.stall()
+
+    return answer
+
+
+# Proxies
 
 
 class Proxy(Server):

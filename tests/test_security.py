@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Ask, invoke
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
-from proxies import PEM, Proxy, TlsLoopback, free_port, run_python, tls
+from proxies import PEM, Proxy, TlsLoopback, cut, free_port, refuse, run_python, tls
 
 import llm_autonomous
 
@@ -30,9 +30,21 @@ def tls_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
         yield server
 
 
-def test_unknown_authority_is_refused(ask: Ask, tls_server: Loopback) -> None:
-    """A certificate that no known authority signed gets no prompt."""
-    line = ask().line
+# These turn verification off elsewhere.
+VERIFY_VARIABLES = {"PYTHONHTTPSVERIFY": "0", "SSL_VERIFY": "0", "CURL_CA_BUNDLE": "", "REQUESTS_CA_BUNDLE": ""}
+
+
+@pytest.mark.parametrize("scheme", [None, "http", "socks5"])
+def test_unknown_authority_is_refused(
+    scheme: str | None, ask: Ask, tls_server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate that no known authority signed gets no prompt, through a proxy or not, and nothing turns that
+    off."""
+    assert set(llm_autonomous.AutonomousOptions.model_fields) == {"proxy", "timeout"}
+    for name, value in VERIFY_VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    with Proxy(scheme or "http") as proxy:
+        line = ask(**({"proxy": proxy.url} if scheme else {})).line
     assert "its certificate cannot be verified: self-signed certificate" in line
     assert "SSL_CERT_FILE" in line
     assert tls_server.requests == []
@@ -51,14 +63,6 @@ def test_certificate_of_another_host_is_refused(
     assert tls_server.requests == []
 
 
-@pytest.mark.parametrize("scheme", ["http", "socks5"])
-def test_certificates_are_verified_behind_a_proxy(scheme: str, ask: Ask, tls_server: Loopback) -> None:
-    """A proxy in between changes nothing."""
-    with Proxy(scheme) as proxy:
-        assert "its certificate cannot be verified" in ask(proxy=proxy.url).line
-    assert tls_server.requests == []
-
-
 def test_certificate_of_a_proxy_is_verified(ask: Ask, server: Loopback) -> None:
     """An https:// proxy that cannot show who it is gets no prompt."""
     with Proxy("https", tls=tls()) as proxy:
@@ -67,48 +71,27 @@ def test_certificate_of_a_proxy_is_verified(ask: Ask, server: Loopback) -> None:
     assert server.requests == []
 
 
-def test_nothing_turns_verification_off(ask: Ask, tls_server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No option has to do with certificates, and the variables that turn others off do nothing here."""
-    assert set(llm_autonomous.AutonomousOptions.model_fields) == {"proxy", "timeout"}
-    for name in ("PYTHONHTTPSVERIFY", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_VERIFY", "HTTPX_VERIFY"):
-        monkeypatch.setenv(name, "0" if name.endswith(("VERIFY",)) else "")
-    assert "its certificate cannot be verified" in ask().line
-
-
 # Redirects are never followed
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects_are_never_followed(status: int, ask: Ask, server: Loopback) -> None:
-    """A redirect is an error that says where to, and the host it names hears nothing."""
+@pytest.mark.parametrize(
+    ("status", "path"),
+    [(301, None), (302, None), (303, None), (307, None), (308, None), (307, "/api/v1/ai/chat-hermes")],
+)
+def test_redirects_are_never_followed(status: int, path: str | None, ask: Ask, server: Loopback) -> None:
+    """A redirect, to another host or to the same, is an error that says where to, and nobody hears the prompt again."""
     with Loopback() as elsewhere:
-        target = f"{elsewhere.url}/api/v1/ai/chat"
-
-        async def redirect(request: Request, connection: Connection) -> None:
-            await connection.whole(b"", f"{status} Moved", {"location": target})
-
-        server.answer = redirect
-        line = ask().line
-        assert f"redirects to {target}, which is not followed" in line
+        target = path or f"{elsewhere.url}/api/v1/ai/chat"
+        server.answer = refuse(status, location=target)
+        assert f"redirects to {target}, which is not followed" in ask().line
         assert elsewhere.connections == 0
     assert len(server.requests) == 1
 
 
-def test_redirects_to_the_same_host_are_not_followed_either(ask: Ask, server: Loopback) -> None:
-    """A redirect within the host is not followed."""
-
-    async def redirect(request: Request, connection: Connection) -> None:
-        await connection.whole(b"", "307 Temporary Redirect", {"location": "/api/v1/ai/chat-hermes"})
-
-    server.answers += [redirect]
-    assert "redirects to /api/v1/ai/chat-hermes" in ask().line
-    assert len(server.requests) == 1
-
-
-# A prompt goes to no host but the one named; nothing a server sends is executed or written to disk
+# A prompt goes to no host but the one that is set; nothing that a server sends is executed or written to disk
 
 WATCHED = """
-import asyncio, contextlib, json, logging, os, sys
+import asyncio, contextlib, json, logging, os, socket, sys
 import llm
 
 model, async_model = llm.get_model("autonomous-llama"), llm.get_async_model("autonomous-llama")
@@ -140,89 +123,65 @@ def watch(event, arguments):
     elif event in DOES:
         events.append(f"{event} {arguments[0]!r}")
 
-sys.addaudithook(watch)
-for kind in ("sync", "async"):
-    ask(kind)  # imports, and makes what is kept
+def tattle():
+    open(os.devnull, "w").close()
+    socket.getaddrinfo("localhost", 80)
+    asyncio.run(ask_async())
+    os.system("true")
+
+def tell(deed, times=1):
+    global watching
     watching = True
-    for _ in range(int(sys.argv[1])):
-        ask(kind)
+    for _ in range(times):
+        deed()
     watching = False
     print(json.dumps([*dict.fromkeys(events)]))
     events.clear()
+
+sys.addaudithook(watch)
+for kind in ("sync", "async"):
+    ask(kind)  # imports, and makes what is kept
+    tell(lambda: ask(kind), int(sys.argv[1]))
+tell(tattle)
 """
 
 HOSTILE = "__import__('os').system('touch owned'); `touch owned`; $(touch owned) ../../owned"
-
-
-def hostile_head() -> dict[str, str]:
-    return {
-        "content-disposition": 'attachment; filename="owned"',
-        "refresh": "0; url=http://elsewhere.test/",
-        "link": "<http://elsewhere.test/>; rel=preload",
-        "alt-svc": 'h3=":443"',
-        "set-cookie": "id=1; path=/",
-    }
-
-
-async def hostile_stream(request: Request, connection: Connection) -> None:
-    chunk = delta(HOSTILE)
-    call = {"index": 0, "id": "1", "type": "function", "function": {"name": "os.system", "arguments": HOSTILE}}
-    chunk["choices"][0]["delta"]["tool_calls"] = [call]
-    await connection.head(headers=hostile_head())
-    await connection.send(event(chunk) + event(delta(finish_reason="stop", model=HOSTILE)) + DONE)
-    await connection.end()
-
-
-async def hostile_error(request: Request, connection: Connection) -> None:
-    await connection.whole(HOSTILE.encode(), "400 Bad Request", hostile_head())
-
-
-async def hostile_redirect(request: Request, connection: Connection) -> None:
-    await connection.whole(b"", "307 Moved", {**hostile_head(), "location": "http://elsewhere.test/"})
-
-
-async def drop_when_done(request: Request, connection: Connection) -> None:
-    """Has the next prompt connect again, where it is watched."""
-    await connection.head()
-    await connection.send(event(delta("ok", finish_reason="stop")) + DONE)
-    await connection.drop()
-
+ELSEWHERE = "http://elsewhere.test/"
+HEADERS = {
+    "content-disposition": 'attachment; filename="owned"',
+    "refresh": f"0; url={ELSEWHERE}",
+    "link": f"<{ELSEWHERE}>; rel=preload",
+    "alt-svc": 'h3=":443"',
+    "set-cookie": "id=1; path=/",
+}
+CALL = {"index": 0, "id": "1", "type": "function", "function": {"name": "os.system", "arguments": HOSTILE}}
+CHUNK = {"choices": [{"delta": {"content": HOSTILE, "tool_calls": [CALL]}}]}
 
 HOSTILES: list[Answer] = [
-    hostile_stream,
-    hostile_error,
-    hostile_redirect,
-    say([b'<html><meta http-equiv="refresh" content="0; url=http://elsewhere.test/"><title>x</title>']),
+    say([event(CHUNK), event(delta(finish_reason="stop", model=HOSTILE)), DONE], headers=HEADERS),
+    say([HOSTILE.encode()], status="400 Bad Request", headers=HEADERS),
+    say([], status="307 Moved", headers={**HEADERS, "location": ELSEWHERE}),
+    say([f'<html><meta http-equiv="refresh" content="0; url={ELSEWHERE}"><title>x</title>'.encode()]),
     say([b"!!python/object/apply:os.system [touch owned]\n\n"]),
 ]
 
 
 def test_prompt_reaches_the_host_named_and_does_nothing_else(server: Loopback) -> None:
-    """A prompt, sync or async, connects to the server it was told and to none beside it; nothing that comes back is
-    executed, and no file is written, as Python's own audit events tell."""
+    """A prompt, sync or async, connects to the server that is set and to none beside it; nothing that comes back is
+    executed, and no file is written, as Python's own audit events tell. They would tell of the last line's deeds."""
+    drop_when_done = cut(event(delta("ok", finish_reason="stop")), DONE)  # has the next prompt connect again
     server.answers += [drop_when_done, *HOSTILES] * 2
-    watched = run_python(WATCHED, str(len(HOSTILES))).splitlines()
-    assert len(watched) == 2
-    for line in watched:
-        assert {*json.loads(line)} - {"look up 127.0.0.1"} == {f"connect 127.0.0.1:{server.port}"}
-    assert len(server.requests) == 2 * (1 + len(HOSTILES))
-
-
-def test_audit_would_tell(server: Loopback) -> None:
-    """The test above sees a file that is written, a name that is looked up and a command that is run."""
-    tattle = "def ask(_): open(os.devnull, 'w').close(); asyncio.run(ask_async()); os.system('true')\nevents = []"
-    watched = run_python(WATCHED.replace("events = []", tattle), "1").splitlines()
-    assert len(watched) == 2
-    for line in watched:
-        events = json.loads(line)
-        assert "write /dev/null" in events
-        assert f"connect 127.0.0.1:{server.port}" in events
-        assert "os.system b'true'" in events
+    *watched, tattled = map(json.loads, run_python(WATCHED, str(len(HOSTILES))).splitlines())
+    for events in watched:
+        assert {*events} - {"look up 127.0.0.1"} == {f"connect 127.0.0.1:{server.port}"}
+    assert len(server.requests) == 2 * (1 + len(HOSTILES)) + 1
+    told = {"write /dev/null", "look up localhost", f"connect 127.0.0.1:{server.port}", "os.system b'true'"}
+    assert told <= {*tattled}
 
 
 def test_cookies_of_a_server_are_not_sent_back(ask: Ask, server: Loopback) -> None:
     """A server cannot mark a user: the next prompt tells it nothing that it said before."""
-    server.answers += [hostile_stream]
+    server.answers += [HOSTILES[0]]
     names = []
     for _ in range(2):
         assert ask().text
@@ -253,7 +212,7 @@ def test_password_of_a_proxy_is_not_logged(
 ) -> None:
     """The password of a proxy in the environment reaches the proxy, and no log of whatever level, and no error."""
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://service.test:{server.port}")
-    server.answer = hostile_error if fails else server.answer
+    server.answer = HOSTILES[1] if fails else server.answer
     with Proxy(scheme) as proxy, caplog.at_level(logging.DEBUG):
         monkeypatch.setenv("ALL_PROXY", proxy.url_for(f"user:{SECRET}"))
         answer = ask()
@@ -285,12 +244,13 @@ def test_password_of_what_does_not_work_is_not_told(
     caplog: pytest.LogCaptureFixture,
     no_backoff: None,
 ) -> None:
-    """A proxy or server that refuses, or whose URL is none, is an error that does not repeat its password."""
+    """A proxy that refuses or is no URL, and any password for the server, are an error without the password."""
     monkeypatch.setenv(variable, url.replace("PORT", str(free_port())))
     with caplog.at_level(logging.DEBUG):
         answer = ask()
-    assert answer.line
+    assert ("AUTONOMOUS_BASE_URL must be" in answer.line) == (variable == "AUTONOMOUS_BASE_URL")
     assert SECRET not in everything_said(answer.error, caplog)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("status", ["403 Forbidden", "407 Proxy Authentication Required"])
@@ -319,49 +279,26 @@ def test_passwords_are_not_in_the_database(server: Loopback, user_path: Path, mo
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
-def test_password_in_the_proxy_option_is_refused(server: Loopback, user_path: Path) -> None:
-    """A password in -o proxy is refused before anything is sent or logged, and not repeated."""
-    proxy = f"http://user:{SECRET}@127.0.0.1:{free_port()}"
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        f"http://user:{SECRET}@127.0.0.1",
+        f"http://user:{SECRET}@[",
+        f"user:{SECRET}@127.0.0.1",
+        f"http://{SECRET}@h:port",
+    ],
+)
+def test_password_in_the_proxy_option_is_refused(proxy: str, server: Loopback, user_path: Path) -> None:
+    """A password in -o proxy is refused before anything is sent or logged, and not repeated, URL or not."""
     stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", "-o", "proxy", proxy)
     assert code != 0
     assert "HTTPS_PROXY" in stderr
     assert SECRET not in stdout + stderr
-    assert server.requests == []
-    assert not [path for path in user_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
-
-
-@pytest.mark.parametrize("proxy", [f"http://user:{SECRET}@[", f"user:{SECRET}@127.0.0.1", f"http://{SECRET}@h:port"])
-def test_password_in_a_malformed_proxy_option_is_not_repeated(proxy: str, ask: Ask, server: Loopback) -> None:
-    """A proxy option that is no URL is refused in words that leave it out."""
     with pytest.raises(ValueError, match="proxy") as caught:
-        ask(proxy=proxy)
+        llm_autonomous.AutonomousOptions(proxy=proxy)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
     assert server.requests == []
-
-
-def test_passwords_are_not_in_process_arguments(server: Loopback) -> None:
-    """A prompt leaves the process arguments as they were, and starts no process that would have its own."""
-    script = """
-import os, sys
-import conftest
-answer = conftest.ask_sync()
-with open("/proc/self/cmdline", "rb") as arguments:
-    print(answer.text, sys.argv[1] in arguments.read().decode(), os.environ["MARK"] in " ".join(sys.orig_argv))
-with open("/proc/self/task/%d/children" % os.getpid()) as children:
-    print(repr(children.read()))
-"""
-    if not Path("/proc/self/cmdline").exists():
-        pytest.skip("needs /proc")
-    with Proxy() as proxy:
-        settings = {
-            "AUTONOMOUS_BASE_URL": f"http://service.test:{server.port}",
-            "HTTP_PROXY": proxy.url_for(f"user:{SECRET}"),
-            "MARK": SECRET,
-        }
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in settings.items():
-                patch.setenv(name, value)
-            assert run_python(script, "argument") == f"{GOOD} True False\n''\n"
+    assert not [path for path in user_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
 # Nothing a server sends is printed raw in an error
@@ -396,27 +333,17 @@ def raw_status(words: bytes, headers: bytes = b"", body: bytes = b"") -> Answer:
     ],
 )
 def test_words_of_a_server_are_not_raw_in_an_error(
-    answer: Answer, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture
+    answer: Answer, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture, no_backoff: None
 ) -> None:
-    """Terminal escapes, control and direction characters of a server are in no error and no log of the plugin."""
-    server.answer = answer
-    with caplog.at_level(logging.DEBUG, "llm_autonomous"):
+    """Terminal escapes, control and direction characters of a server are in no error and no log of the plugin, retries
+    included."""
+    server.answers += [raw_status(b"503 Bad", body=RAW.encode()), answer]
+    with caplog.at_level(logging.INFO, "llm_autonomous"):
         line = ask().line  # asserts that it is printable
     assert len(line) < 600
     words = [record.getMessage() for record in caplog.records if record.name == "llm_autonomous"]
+    assert "owned" in words[0]
     assert all(word.isprintable() for word in words)
-
-
-def test_words_of_a_server_are_quoted_in_retries(
-    ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture, no_backoff: None
-) -> None:
-    """The log lines of retries are printable as well."""
-    server.answers += [raw_status(b"503 Bad", body=RAW.encode())]
-    with caplog.at_level(logging.INFO, "llm_autonomous"):
-        assert ask().text == GOOD
-    (record,) = [record for record in caplog.records if record.name == "llm_autonomous"]
-    assert "owned" in record.getMessage()
-    assert record.getMessage().isprintable()
 
 
 def test_words_of_a_proxy_are_not_raw_in_an_error(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
