@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any, Literal
 
+import llm
 import pytest
 from conftest import (
     CLEO,
@@ -25,10 +26,10 @@ from conftest import (
     run,
     texts,
 )
-from loopback import ENDPOINTS, Loopback, speak
+from loopback import DONE, ENDPOINTS, Loopback, delta, event, say, speak
 from pydantic import BaseModel
 
-from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, schema_instructions
+from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, SHORTER, schema_instructions
 
 REX = '{"name": "Rex, the larger one", "age": 1}'
 DOGS = {"type": "object", "properties": {"items": {"type": "array", "items": DOG}}, "required": ["items"]}
@@ -266,6 +267,26 @@ def test_answer_larger_than_the_bound(ask: Ask, server: Loopback, monkeypatch: p
     server.answer = texts(*["x" * 1000] * 9)
     assert "larger than" in ask(schema=DOG).line
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("reason", ["length", "max_tokens"])
+@pytest.mark.parametrize(
+    ("given", "half", "whole"),
+    [({"schema": DOG}, CLEO[:9], CLEO), ({"tools": [llm.Tool.function(now)]}, NOW_TAG[:30], "<tool_")],
+    ids=["schema", "tool"],
+)
+def test_answer_that_reaches_the_limit(
+    given: Any, half: str, whole: str, reason: str, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of half an answer, the error and the question to the model say first that it was too long; a whole one is one."""
+    end = [event(delta(finish_reason=reason)), DONE]
+    server.answer = say([event(delta(half)), *end])
+    limit = f"because it reached the model's limit (finish reason: {reason}): "
+    assert ask(**given).line.startswith(f"127.0.0.1:{server.port}: the answer was cut short {limit}")
+    assert server.last.messages[-1]["content"].startswith(SHORTER)
+    server.answer = say([event(delta(whole)), *end])
+    assert ask(**given).text == whole
+    assert reason in caplog.text
 
 
 # Tools and a schema

@@ -34,6 +34,7 @@ BOTH_JSON = f"[{ADD_JSON}, {NOW_JSON}]"
 NOW_TAG = f"<tool_call>{NOW_JSON}</tool_call>"
 ADD_TAG = f"<tool_call>\n{ADD_JSON}\n</tool_call>"
 INDENTED = "\n".join(json.dumps(json.loads(call), indent=2) for call in (ADD_JSON, NOW_JSON))
+ODD_STRING = """</tool_call> }{ <tool_call>{ it's "{" C:\\ \\" [ <tools>"""
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
 TOOL = f'{{"name": "add", "description": "Adds", "parameters": {SCHEMA}}}'
 OPENAI_TOOL = f'{{"type": "function", "function": {TOOL}}}'
@@ -96,10 +97,8 @@ def cuttings(text: str) -> Iterator[list[str]]:
 CALLS: dict[str, tuple[str, Parts]] = {
     # Hermes
     "in lines": (ADD_TAG, [ADD]),
-    "without spaces": ('<tool_call>{"name":"add","arguments":{"a":1}}</tool_call>', [ADD]),
     "indented": (f"<tool_call>\n{json.dumps(json.loads(ADD_JSON), indent=2)}\n</tool_call>\n", [ADD]),
     "much white space": (f"<tool_call> \n\t\r\n  {ADD_JSON} \n\n </tool_call>  \n", [ADD]),
-    "two tags": (f"{ADD_TAG}\n{NOW_TAG}", [ADD, NOW]),
     "two tags with nothing between": (f"{ADD_TAG}{NOW_TAG}", [ADD, NOW]),
     "two in one tag": (f"<tool_call>\n{ADD_JSON}\n{NOW_JSON}\n</tool_call>", [ADD, NOW]),
     "two in one tag with a semicolon": (f"<tool_call>{ADD_JSON}; {NOW_JSON}</tool_call>", [ADD, NOW]),
@@ -206,13 +205,9 @@ CALLS: dict[str, tuple[str, Parts]] = {
         [("add", {"a": ["é", -42, 350.0, True, None, {"b": []}]})],
     ),
     "raw line breaks": ('{"name": "add", "arguments": {"a": "x\n\ty\r\n"}}', [("add", {"a": "x\n\ty\r\n"})]),
-    "tags and braces in a string": (
-        '<tool_call>{"name": "add", "arguments": {"a": "</tool_call> }{ <tool_call>{ [ <tools> it\'s {"}}</tool_call>.',
-        [("add", {"a": "</tool_call> }{ <tool_call>{ [ <tools> it's {"}), "."],
-    ),
-    "quotes and backslashes in a string": (
-        r'<tool_call>{"name": "add", "arguments": {"a": "He said \"{hi}\"", "b": "C:\\", "c": "\\\""}}</tool_call>',
-        [("add", {"a": 'He said "{hi}"', "b": "C:\\", "c": '\\"'})],
+    "tags, braces and quotes in a string": (
+        f'<tool_call>{{"name": "add", "arguments": {{"a": {json.dumps(ODD_STRING)}}}}}</tool_call>.',
+        [("add", {"a": ODD_STRING}), "."],
     ),
     # Calls, and results that the model makes up: the answer ends with the calls
     "a made-up result after a tag": (f"{ADD_TAG}\n<tool_response>\n3\n</tool_response>\nThat makes 3.", [ADD, END]),
@@ -296,7 +291,6 @@ ASKED: dict[str, tuple[str, Parts, str]] = {
     "cut off in a string": ('<tool_call>{"name": "add", "arguments": {"a": "x}}</tool_call>', [], "no valid JSON"),
     "cut off after its first brace": ("<tool_call>{", [], "no valid JSON"),
     "cut off in a list": (f"<tool_call>[{ADD_JSON}", [], "no valid JSON"),
-    "cut off in tools": ('<tools>{"name": "no_close",', [], "no valid JSON"),
     "cut off in a fence": (f"```json\n{ADD_JSON[:-1]}\n```", [], "no valid JSON"),
     "cut off after a good one": (f'{NOW_TAG}<tool_call>{{"name"', [], "no valid JSON"),
     "bare and cut off": ('{"name": "add", "param', [], "no valid JSON"),
@@ -309,7 +303,6 @@ ASKED: dict[str, tuple[str, Parts, str]] = {
     "no value": ('<tool_call>{"name": "add", "arguments": {"a": }}</tool_call>', [], "no valid JSON"),
     "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "no valid JSON"),
     "a function without arguments": ("<function=now></function>", [], "no valid JSON"),
-    "a function with broken arguments": ('<function=add>{"a": }</function>', [], "no valid JSON"),
     "a function with parameters": ("So:\n<function=add>\n<parameter=a>1</parameter>", ["So:\n"], "no valid JSON"),
     "a function in a tag": ("<tool_call>\n<function=add>\n<parameter=a>1</parameter>", [], "no valid JSON"),
     # Python, and other spellings of a function
