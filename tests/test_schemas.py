@@ -89,6 +89,7 @@ WRITTEN = {  # what the model writes for DOG, of which CLEO is the answer
     "braces and a quote in the words": f'Use {{"name"}} so: {CLEO}',
     "other JSON in the words": f'For {{"breed": "any"}} it is {CLEO}, and not [1, 2].',
     "a match after a wrong one": f'Not {{"name": "Cleo", "age": "not known to anybody"}} but {CLEO}',
+    "after a list that is broken": f"[{REX}, and more] {CLEO}",
     "the last of several that match": f"It is {REX}. No, wait, {REX} is wrong: {CLEO}",
     "the last that matches": f'{REX} or {CLEO}, but not {{"name": "Bo"}} or [4]',
     "reasoning before it": f"Well. <think>Is it {REX}?</think> {CLEO}",
@@ -106,6 +107,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "such a list among words": (DOGS, f"These: [{CLEO}] are they.", {"items": [strict(CLEO)]}),
     "such a list that is empty": (DOGS, "[]", {"items": []}),
     "nested": (TREE, json.dumps({"name": "root", "nodes": [LEAF]}), {"name": "root", "nodes": [LEAF]}),
+    "list where an object may be as well": ({"required": ["items"]}, "[1]", [1]),
     "list": ({"type": "array", "items": DOG}, f"[{CLEO}, {CLEO}]", [strict(CLEO)] * 2),
     "list in a fence": ({"type": "array"}, "```json\n[1,\n2]\n```", [1, 2]),
     "list among words": ({"type": "array"}, "These: [1, [2]] are they.", [1, [2]]),
@@ -137,6 +139,7 @@ COPIED = "it repeats the schema, without values"
 NONE = "it holds no JSON"
 REJECTED = {  # a schema, what the model writes, and the problem
     "missing key": (DOG, '{"name": "Cleo"}', 'at $, the schema has {"required": ["name", "age"]}'),
+    "missing key around a list": (DOGS, f'{{"dogs": [{CLEO}]}}', 'at $, the schema has {"required": ["items"]}'),
     "wrong type": (DOG, WRONG_AGE, AGE),
     "wrong type in a list": ({"items": DOG}, f"[{CLEO}, {WRONG_AGE}]", AGE.replace("$", "$[1]")),
     "wrong type in a list that is wrapped": (DOGS, f"[{CLEO}, {WRONG_AGE}]", AGE.replace("$", "$.items[1]")),
