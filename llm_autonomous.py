@@ -14,9 +14,11 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
+import email.utils
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import os
@@ -29,7 +31,7 @@ import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import click
 import llm
@@ -50,18 +52,16 @@ logger = logging.getLogger(__name__)
 
 BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
-# Besides its arguments, these decide how httpx sets up a client.
-PROXY_VARIABLES = tuple(
-    name for lower in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (lower, lower.upper())
-)
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # that decide how TLS is set up
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
 CONNECT_TIMEOUT = 10.0  # seconds to connect
 END_TIMEOUT = 1.0  # seconds for usage and the end of the reply to arrive once the answer is whole
+ERROR_BODY_TIMEOUT = 5.0  # seconds for the body of an error status to arrive
 KEEPALIVE = 60.0  # seconds that an idle connection stays open for the next prompt
-MAX_CONNECTIONS = 100  # of async prompts at the same time; more prompts wait for their turn
+POOL_SIZE = 32  # prompts at the same time on one client, which is one pool of connections
+MAX_IDLE_CLIENTS = 32
 
 ATTEMPTS = 3  # per prompt, including the first
 BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, plus or minus JITTER
@@ -69,12 +69,16 @@ JITTER = 0.25  # as a fraction of the wait
 MAX_RETRY_AFTER = 10.0  # seconds; if the server asks for more, the prompt fails at once
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-# A finish reason with none of these words means that the answer may be cut short.
+# A finish reason with none of these words means that the answer may be cut short. "Finish" counts only at the end, as
+# some servers begin all their reasons with it, such as FINISH_REASON_SAFETY.
 USUAL_FINISH_REASON = (
     r"(?i)(?<![a-z])(stop(ped)?|eo[st]|end|completed?|done|finish(ed)?$|success|normal|tool|function)(?![a-z])"
 )
+LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
-THINKING_TAGS = ("<think>", "<scratch_pad>")
+THINKING_TAGS = ("think", "scratch_pad")
+# The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
+CODINGS = r"\b(?:aes128gcm|br|deflate|exi|dcb|dcz|(?:x-)?compress|(?:pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
 MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page whose title is wanted
@@ -83,7 +87,7 @@ MAX_BEGINNING = 1024  # bytes of a reply to remember, in case that it turns out 
 MAX_EXCERPT = 300  # characters of the server's own words in an error
 
 
-# The models
+# --- The models -------------------------------------------------------------------------------------------------------
 
 
 class ServiceModel(NamedTuple):
@@ -105,6 +109,7 @@ class ServiceModel(NamedTuple):
 
 
 IMAGE_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif"})
+OTHER_IMAGE_NAMES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
 
 SERVICE_MODELS = (
     ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous",)),
@@ -115,7 +120,7 @@ SERVICE_MODELS = (
 )
 
 
-# Registration: touches neither network nor files, and cannot raise
+# --- Registration: touches neither network nor files, and cannot raise ------------------------------------------------
 
 
 @llm.hookimpl(trylast=True)
@@ -129,7 +134,7 @@ def register_models(register: Callable[..., None], model_aliases: list[ModelWith
         register(Autonomous(service), AsyncAutonomous(service), aliases=aliases)
 
 
-# What is sent
+# --- What is sent -----------------------------------------------------------------------------------------------------
 
 
 class AutonomousOptions(llm.Options):
@@ -139,8 +144,8 @@ class AutonomousOptions(llm.Options):
     proxy: str | None = Field(
         default=None,
         description=(
-            "Proxy to use: an http://, https://, socks5:// or socks5h:// URL. LLM logs options, so if the proxy needs "
-            "a password, set HTTPS_PROXY instead."
+            "Proxy to use: an http://, https://, socks5:// or socks5h:// URL, or nothing ('') for no proxy. LLM logs "
+            "options, so if the proxy needs a password, set HTTPS_PROXY instead."
         ),
     )
     timeout: float | None = Field(
@@ -153,24 +158,27 @@ class AutonomousOptions(llm.Options):
     @field_validator("proxy")
     @classmethod
     def check_proxy(cls, proxy: str | None) -> str | None:
-        if proxy is None:
-            return None
-        if "@" in proxy:
+        if proxy and "@" in proxy:
             raise ValueError("a proxy with a user name or password would be logged: set HTTPS_PROXY instead")
-        if not is_proxy_url(proxy):
-            raise ValueError("must be an http://, https://, socks5:// or socks5h:// URL with a host")
+        if proxy and not parse_url(proxy, PROXY_SCHEMES):
+            raise ValueError(f"must be {PROXY_URL}")
         return proxy
 
 
-def is_proxy_url(url: str) -> bool:
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+PROXY_URL = "an http://, https://, socks5:// or socks5h:// URL with a host"
+
+
+def parse_url(text: str, schemes: Collection[str]) -> httpx.URL | None:
+    """The URL in ``text``, or None if it is no URL with a host and one of these schemes."""
     import httpx
 
     try:
-        # To httpx the two are the same, but before 0.28 it rejects socks5h.
-        parts = httpx.Proxy(url.replace("socks5h://", "socks5://", 1)).url
-        return bool(parts.host) and (parts.port is None or parts.port in range(1, 65536))
-    except (ValueError, httpx.InvalidURL):
-        return False
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return None
+    usable = url.scheme in schemes and url.host and (url.port is None or 0 < url.port < 65536)
+    return url if usable else None
 
 
 # Chosen by measurement: tests/README.md has the wordings that were tried, and what a real model did with each.
@@ -190,8 +198,10 @@ with one <tool_call> for each call, with the name of the tool and its arguments 
 </tool_call>
 You will get the results in the next message. If no tool fits the request, answer the user directly."""
 RESULT = "The tool {name} returned:\n{output}"
+EMPTY_RESULT = "The tool {name} ran without an error and returned an empty result."
 AFTER_RESULTS = "Use these results to answer my request. If you still need another tool for it, call that tool now."
 EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
+SHORTER = "Your answer was cut short because it reached your length limit. Write a shorter one."
 SCHEMA_INSTRUCTIONS = """\
 Reply with a JSON value that follows this JSON schema:
 {schema}
@@ -229,7 +239,7 @@ def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
         return inner(choices[0])
     if "const" in schema:
         return schema["const"]
-    if "enum" in schema:
+    if "enum" in schema:  # all of them, as a model would copy a single one
         return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
     kind = schema.get("type")
     if isinstance(kind, list):
@@ -253,40 +263,57 @@ def build_messages(
     ``content`` is a string, or a list of OpenAI content parts if there are images of ``image_types``. If this prompt
     has ``tools``, earlier tool calls and results are written in the form that the model knows. Otherwise they
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
-    with another model can go on. Reasoning and empty messages are left out. ``instructions`` are added to the system
-    prompt, and what the model has to do ``after_results`` to the last message if the model has not seen them yet.
+    with another model can go on. Reasoning and empty messages are left out.
+
+    ``instructions`` are added to the system prompt, and ``after_results`` to the last message. If there are images, the
+    system prompt stands at the beginning of the first user message.
     """
-    built: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = []
     if instructions:
         own = messages[0].parts if messages and messages[0].role == "system" else []
         part = TextPart(f"\n\n{instructions}" if own else instructions)
         messages = [llm.Message(role="system", parts=[*own, part]), *messages[1 if own else 0 :]]
-    if after_results and holds_new_results(messages):
+    if after_results:
         *before, last = messages
         gap = "\n\n" if last.parts and isinstance(last.parts[-1], TextPart) else ""
         messages = [*before, llm.Message(role=last.role, parts=[*last.parts, TextPart(gap + after_results)])]
-    for message in messages:
-        if content := build_content(message.parts, image_types, tools):
-            role = message.role if message.role in ("system", "assistant") else "user"
-            built.append({"role": role, "content": content})
-    return built
+    new = since_answer(messages)
+    for number, message in enumerate(messages, len(new) - len(messages)):
+        role = message.role if message.role in ("system", "assistant") else "user"
+        types = image_types if role == "user" else frozenset()  # OpenAI-shaped servers refuse images in other roles
+        text, images = read_parts(message.parts, types, tools, new=number >= 0)
+        if text or images:
+            turns.append({"role": role, "text": text, "images": images})
+    if any(turn["images"] for turn in turns):
+        # Llama 3.2 Vision's own chat template refuses a system message beside an image.
+        system = [turn["text"] for turn in turns if turn["role"] == "system"]
+        turns = [turn for turn in turns if turn["role"] != "system"]
+        first = next(turn for turn in turns if turn["role"] == "user")
+        first["text"] = "\n\n".join(filter(None, [*system, first["text"]]))
+    return [{"role": turn["role"], "content": join_content(turn["text"], turn["images"])} for turn in turns]
+
+
+def join_content(text: str, images: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The ``content`` of a message: its text, or OpenAI's content parts if there are images."""
+    if not images:
+        return text
+    return [{"type": "text", "text": text}, *images] if text else images
+
+
+def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
+    """The messages that the model has not answered yet."""
+    return [*itertools.takewhile(lambda message: message.role != "assistant", reversed(messages))][::-1]
 
 
 def holds_new_results(messages: list[llm.Message]) -> bool:
-    """Whether tools have run since the model last answered.
-
-    Their results need not be the last message: what they attached follows in one of its own.
-    """
-    for message in reversed(messages):
-        if message.role == "assistant":
-            return False
-        if any(isinstance(part, ToolResultPart) for part in message.parts):
-            return True
-    return False
+    """Whether tools have run since the model last answered."""
+    return any(isinstance(part, ToolResultPart) for message in since_answer(messages) for part in message.parts)
 
 
-def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -> str | list[dict[str, Any]]:
-    """The ``content`` of one message: its text, or its text and then its images."""
+def read_parts(
+    parts: list[Part], image_types: frozenset[str], tools: bool, new: bool
+) -> tuple[str, list[dict[str, Any]]]:
+    """The text and the images of one message. Raises if an image cannot be read, and the message is ``new``."""
     blocks: list[str] = []
     images: list[dict[str, Any]] = []
     previous: Part | None = None
@@ -300,53 +327,61 @@ def build_content(parts: list[Part], image_types: frozenset[str], tools: bool) -
         elif isinstance(part, AttachmentPart) and part.attachment:
             attachments = [part.attachment]
         elif isinstance(part, ToolCallPart):
-            blocks.append(call_text(part, tools))
+            blocks.append(format_call(part, tools))
         elif isinstance(part, ToolResultPart):
-            blocks.append(result_text(part, tools))
+            blocks.append(format_result(part, tools))
             attachments = part.attachments
         for attachment in attachments:
-            if url := image_url(attachment, image_types):
+            if url := image_url(attachment, image_types, new):
                 images.append({"type": "image_url", "image_url": {"url": url}})
             else:
                 blocks.append(f"[{attachment.type or 'file'} attachment, not shown to this model]")
         previous = part
-    text = "\n".join(block for block in blocks if block)
-    if not images:
-        return text
-    return [{"type": "text", "text": text}, *images] if text else images
+    return "\n".join(block for block in blocks if block), images
 
 
-def call_text(part: ToolCallPart, tools: bool) -> str:
+def format_call(part: ToolCallPart, tools: bool) -> str:
     if not tools:
         return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
-    return tool_call({"name": part.name, "arguments": part.arguments})
+    call = json.dumps({"name": part.name, "arguments": part.arguments}, ensure_ascii=False, default=str)
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
-def result_text(part: ToolResultPart, tools: bool) -> str:
+def format_result(part: ToolResultPart, tools: bool) -> str:
+    """What a tool returned, in words if that is empty. `llm` passes None on as ``null``."""
+    name, output, failure = part.name, cast(Any, part.output), part.exception
+    if not isinstance(output, str):
+        output = json.dumps(output, default=repr)
+    if failure is not None:  # "ValueError: ", if the exception had no words
+        failure = f"{failure}no message was given" if failure.endswith(": ") else failure
+        output = f"Error: {failure}" if output.strip() in ("", "Error:") else output
+    elif output.strip() in ("", "null") and not part.attachments:
+        return (EMPTY_RESULT if tools else f"[{EMPTY_RESULT}]").format(name=name)
     if not tools:
-        return f"[the tool {part.name} {f'failed: {part.exception}' if part.exception else f'returned: {part.output}'}]"
-    output = part.output or (f"Error: {part.exception}" if part.exception else "")
-    return RESULT.format(name=part.name, output=output)
+        return f"[the tool {name} {f'returned: {output}' if failure is None else f'failed: {failure}'}]"
+    return RESULT.format(name=name, output=output)
 
 
-def tool_call(value: dict[str, Any]) -> str:
-    """A tool call as the model is asked to write it."""
-    return f"<tool_call>\n{json.dumps(value, ensure_ascii=False, default=str)}\n</tool_call>"
-
-
-def image_url(attachment: llm.Attachment, image_types: frozenset[str]) -> str | None:
+def image_url(attachment: llm.Attachment, image_types: frozenset[str], new: bool) -> str | None:
     """The URL of an image of one of ``image_types``: its own, or a ``data:`` URL of its bytes. None for anything else.
 
     Nothing is fetched. `llm` has already asked the URL for its type, and a URL without one is taken to be an image.
     """
-    if not image_types or (attachment.url and not attachment.content):
-        return attachment.url if image_types and attachment.type in (None, *image_types) else None
+    if not image_types:
+        return None
     try:
-        encoded, kind = attachment.base64_content(), attachment.resolve_type()
+        is_link = attachment.url and not attachment.content
+        kind = attachment.type if is_link else attachment.resolve_type()
+        kind = kind and OTHER_IMAGE_NAMES.get(kind.partition(";")[0].strip().lower(), kind)
+        if is_link:
+            return attachment.url if kind in (None, *image_types) else None
+        return f"data:{kind};base64,{attachment.base64_content()}" if kind in image_types else None
     except (OSError, TypeError, ValueError) as error:
+        if new:
+            path, reason = attachment.path or "", reason_of(error)
+            raise AutonomousError(f"cannot read the attachment {path}: {reason}; nothing was sent") from None
         logger.warning("an image of this conversation is not sent, since it can no longer be read: %s", error)
         return None
-    return f"data:{kind};base64,{encoded}" if kind in image_types else None
 
 
 def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
@@ -379,14 +414,8 @@ def build_headers() -> dict[str, str]:
 
 def endpoint_url(endpoint: str) -> httpx.URL:
     """Where to send a prompt: ``/api/v1/ai/<endpoint>`` at the service, or at ``AUTONOMOUS_BASE_URL``."""
-    import httpx
-
-    try:
-        url = httpx.URL(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL)
-        usable = url.scheme in ("http", "https") and bool(url.host) and (url.port or 80) in range(1, 65536)
-    except httpx.InvalidURL:
-        usable = False
-    if not usable or url.query or url.fragment or url.userinfo:
+    url = parse_url(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL, ("http", "https"))
+    if not url or url.query or url.fragment or url.userinfo:
         raise AutonomousError(
             f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host and without a password, such as "
             "http://127.0.0.1:8000"
@@ -394,7 +423,30 @@ def endpoint_url(endpoint: str) -> httpx.URL:
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
 
 
-# How the reply is read, without any I/O: bytes -> JSON values -> text -> text and tool calls
+def find_proxy(option: str | None, url: httpx.URL) -> str:
+    """The URL of the proxy for requests to ``url``, or nothing.
+
+    If there is no ``option``, it comes from the environment, by the rules of Python's standard library. NO_PROXY may
+    name a host with its port, and an IPv6 address with or without brackets.
+    """
+    import urllib.request
+
+    if option is not None:
+        return option
+    host, port = f"[{url.host}]" if ":" in url.host else url.host, url.port or {"http": 80, "https": 443}[url.scheme]
+    proxies = urllib.request.getproxies()
+    if any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
+        return ""
+    scheme = url.scheme if proxies.get(url.scheme) else "all"
+    proxy = proxies.get(scheme) or ""
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if proxy and not parse_url(proxy, PROXY_SCHEMES):  # which is not quoted, since it may contain a password
+        raise AutonomousError(f"{scheme.upper()}_PROXY must be {PROXY_URL}")
+    return proxy
+
+
+# --- How the reply is read, without any I/O: bytes -> JSON values -> text -> text and tool calls ----------------------
 
 
 class Framing:
@@ -402,7 +454,8 @@ class Framing:
 
     Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
     as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
-    value spread over many lines. A line that is none of these becomes a value as well: a string.
+    value spread over many lines. The data of an event or a field named ``error`` comes out as ``{"error": data}``, and
+    a line that is none of these as a string.
 
     `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
     still returned. The result does not depend on how the bytes were cut, the cost is O(n), and at most
@@ -415,9 +468,11 @@ class Framing:
         self.cut_off = ""  # the beginning of a value, if the reply ended before the value did
         self.page = False  # the reply is a web page
         self._values: list[Any] = []  # what `feed` will return
+        self._mark = b"\xef\xbb\xbf"  # the byte order mark, with which the first line may begin
         self._after_cr = False  # the last bytes ended with CR, so an LF that comes first belongs to it
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
+        self._named_error = False  # the event is named error
         self._document = False  # the rest of the reply is one thing: a web page, or JSON spread over lines
 
     def feed(self, data: bytes, end: bool = False) -> list[Any]:
@@ -452,21 +507,25 @@ class Framing:
             raise too_large()
 
     def _read_line(self, line: bytes) -> None:
+        line, self._mark = line.removeprefix(self._mark), b""
+        field, _, data = line.partition(b":")
         if self._document:
             self._hold(line)
-            return
-        line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark, which may come first
-        field, _, data = line.partition(b":")
-        if field == b"data":
+        elif field == b"data":
             # Most events are a single line, which is read at once: some servers send no blank line after it. The
             # lines of any other event are held until it is complete.
-            if self._held:
+            if self._held or self._named_error:
                 self._hold(data.removeprefix(b" "))
             elif rest := self._read_values(data):
                 self._hold(rest.encode())
-        elif not line and self._held:
+        elif not line and (self._held or self._named_error):
             self._end_event()
-        elif field in (b"", b"event", b"id", b"retry"):
+        elif field == b"event":
+            self._named_error = data.strip() == b"error"
+        elif field == b"error":
+            self._named_error = True
+            self._hold(data)
+        elif field in (b"", b"id", b"retry"):
             pass  # a blank line, a comment, or a field that says nothing about the answer
         elif line.lstrip().startswith((b"{", b"[", b"<")):
             self._end_event()
@@ -474,7 +533,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            self._values.append(words)
+            self._values.append(words if re.match(UNKNOWN_FIELD, words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
         self._held += line + b"\n"
@@ -483,8 +542,13 @@ class Framing:
 
     def _end_event(self, cut: bool = False) -> None:
         """Read what is held. The event ends at a blank line, at the next event, or ``cut`` off where the reply ends."""
+        before = len(self._values)
         rest = self._read_values(self._held)
         self._held.clear()
+        if self._named_error:
+            self._named_error = False
+            self._values[before:] = [{"error": rest or next(filter(None, self._values[before:]), "event: error")}]
+            return
         if rest.startswith("<"):
             self.page = True
             raise AutonomousError(page_words(rest), outage=True)
@@ -509,6 +573,12 @@ class Framing:
         return ""
 
 
+class Words(str):
+    """A line of a reply that is neither a field of an event stream nor JSON."""
+
+
+UNKNOWN_FIELD = r"[\w-]+(:|\Z)"
+# Unlike JSON's own rules, this admits line breaks and other control characters within strings.
 decode_json = json.JSONDecoder(strict=False).raw_decode
 
 
@@ -516,6 +586,15 @@ def skip(pattern: str, text: str, start: int = 0) -> int:
     """The position after what matches ``pattern`` at ``start``; ``start`` itself if nothing does."""
     found = re.compile(pattern).match(text, start)
     return found.end() if found else start
+
+
+# The fields that OpenAI documents for a chunk, those for a choice and the delta or message in it, and what others add.
+CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"}
+CHUNK_FIELDS |= {"usage", "finish_reason"}
+ANSWER_FIELDS = {"index", "delta", "message", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
+ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations", "type"}
+# Beside text in a delta, none of these holds anything new.
+PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
 
 
 class Completion:
@@ -534,31 +613,38 @@ class Completion:
         self.whole = False  # the answer is complete: there was a finish reason, or a whole completion
         self.not_understood: Any = None  # the first value that may hold a part of the answer in an unknown form
         self.error: AutonomousError | None = None
-        self._pieces: list[str | StreamEvent] = []  # what `feed` will return
+        self._pieces: list[Any] = []  # what `feed` will return
         self._in_deltas = False  # some text has come in a delta, so a message only repeats it
+        self._halves = {"reasoning": "", "text": ""}  # half a character at the end of each
 
-    def feed(self, values: list[Any]) -> list[str | StreamEvent]:
-        """The text (`str`) and the reasoning (`StreamEvent`) in ``values``."""
+    def feed(self, values: list[Any], end: bool = False) -> list[str | StreamEvent]:
+        """The text (`str`) and the reasoning (`StreamEvent`) in ``values``, or what waited for the ``end``."""
         try:
             for value in values:
                 if self._in_deltas and (text := plain_text(value)):
-                    self._pieces.append(text)
+                    self._add("text", text)
                     self.whole = False
                     continue
-                understood = [self._read(chunk) for chunk in (value if isinstance(value, list) else [value])]
+                understood = [self._read_chunk(chunk) for chunk in (value if isinstance(value, list) else [value])]
                 if self.not_understood is None and not all(understood):
                     self.not_understood = value
+            if end:
+                self._add("reasoning", "", end=True)
+                self._add("text", "", end=True)
         except AutonomousError as error:
             self.error = error
         pieces, self._pieces = self._pieces, []
-        return pieces
+        # Each piece is work for `llm`, so texts that arrive together are joined.
+        return ["".join(pieces)] if len(pieces) > 1 and {*map(type, pieces)} == {str} else pieces
 
-    def _read(self, chunk: Any) -> bool:
+    def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
+        if self._in_deltas and isinstance(chunk, str) and (isinstance(chunk, Words) or mentions_error(chunk)):
+            # These are the last words of a server or a proxy that died.
+            raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
         fields = filled(chunk)
-        choices = fields.get("choices")
-        usable = isinstance(choices, list) and isinstance(choices[0], dict)
-        choice = filled(choices[0] if choices and usable else choices and [choices])
+        choices = fields.get("choices", [{}])
+        choice = filled(choices[0] if isinstance(choices, list) else [choices])
         delta = filled(choice.get("delta"))
         message = {} if self._in_deltas else filled(choice.get("message"))
         answer = {**choice, **message, **delta}
@@ -566,22 +652,22 @@ class Completion:
         if all_fields.keys() - CHUNK_FIELDS - ANSWER_FIELDS and (error := reported_error(all_fields)):
             raise error
         finished = self._read_outcome(all_fields)
-        reasoning, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
-        text, odd_text = text_of(answer, "content", "text", "refusal")
-        if reasoning:
-            self._pieces.append(StreamEvent(type="reasoning", chunk=reasoning))
-        if text:
-            self._pieces.append(text)
-            self._in_deltas = self._in_deltas or bool(delta)
+        reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
+        text, thought, odd_text = text_of(answer, "content", "text", "refusal")
+        reasoning += thought
+        self._add("reasoning", reasoning, end=bool(text))
+        self._add("text", text)
+        self._in_deltas = self._in_deltas or bool(text and delta)
         self.whole = finished or bool(message and not delta) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
         if text or reasoning:
             return True
+        # Beside a finish reason, a choice says more about the end, such as a stop_reason.
         unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
         if not unknown and holds_more(fields, CHUNK_FIELDS):
             # Beside a choice or the usage, and before any text, it is about the request, unless it mentions an error.
-            beside = choices or "usage" in fields or not self._in_deltas
+            beside = {"choices", "usage"} & fields.keys() or not self._in_deltas
             is_chunk = isinstance(chunk, dict) and "choices" in chunk
             unknown = not (is_chunk and beside) or mentions_error(chunk)
         return not unknown
@@ -598,14 +684,19 @@ class Completion:
             self.envelope["finish_reason"] = shallow(fields["finish_reason"])
         return finished
 
+    def _add(self, kind: str, text: str, end: bool = False) -> None:
+        """Add text or reasoning to the pieces.
 
-# The fields that OpenAI documents for a chunk, those for a choice and the delta or message in it, and what others add.
-CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"}
-CHUNK_FIELDS |= {"usage", "finish_reason"}
-ANSWER_FIELDS = {"index", "delta", "message", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
-ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations"}
-# Beside text in a delta, none of these holds anything new.
-PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
+        A server that cuts text by UTF-16 units may split a character: one half (such as \\ud83d) ends a chunk, and the
+        other begins the next. Neither can be printed or stored, so the first waits for the second, or for the ``end``.
+        """
+        if self._halves[kind] or not text.isascii():
+            text, self._halves[kind] = self._halves[kind] + text, ""
+            if not end and "\ud800" <= text[-1:] <= "\udbff":
+                text, self._halves[kind] = text[:-1], text[-1]
+            text = replace_surrogates(text)
+        if text:
+            self._pieces.append(text if kind == "text" else StreamEvent(type="reasoning", chunk=text))
 
 
 def plain_text(value: Any) -> str:
@@ -614,27 +705,30 @@ def plain_text(value: Any) -> str:
         [choice] = value["choices"]
         delta, text = choice["delta"], choice["delta"]["content"]
         finished = choice.get("finish_reason") or value.get("finish_reason")
-        if not finished and all(map(PLAIN_FIELDS.issuperset, (value, choice, delta))):
-            return text if text.isascii() else replace_surrogates(text)
+        if not finished and type(text) is str and all(map(PLAIN_FIELDS.issuperset, (value, choice, delta))):
+            return text
     except (AttributeError, LookupError, TypeError, ValueError):
         pass
     return ""
 
 
-def text_of(fields: dict[str, Any], *names: str) -> tuple[str, bool]:
-    """The text in the first of these fields that is filled, and whether there is something else in it as well.
+def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
+    """The text in the first of these fields that is filled, the reasoning in it, and whether it holds more than that.
 
-    It may be a string, or a list of OpenAI's content parts.
+    It may be a string, or a list of OpenAI's content parts. Mistral puts reasoning into parts of its own.
     """
     content: Any = next((fields[name] for name in names if name in fields), [])
-    texts, odd = [], False
+    text, thought, more = "", "", False
     for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            texts.append(text)
+        held = filled(part if isinstance(part, dict) else {"text": part})
+        if "thinking" in held:
+            inner, _, odd = text_of(held, "thinking")
+            thought, more = thought + inner, more or odd
+        elif isinstance(held.get("text"), str):
+            text += held["text"]
         else:
-            odd = odd or bool(filled(part).keys() - {"type"})
-    return replace_surrogates("".join(texts)), odd
+            more = more or bool(held.keys() - {"type"})
+    return text, thought, more
 
 
 def filled(value: Any) -> dict[str, Any]:
@@ -644,7 +738,7 @@ def filled(value: Any) -> dict[str, Any]:
 
 
 def holds_more(fields: dict[str, Any], known: set[str]) -> bool:
-    """Whether there is text, a list or an object in a field that is not ``known``."""
+    """Whether there is text, a list or an object in a field that is not ``known``. Numbers do not count."""
     return any(isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
 
 
@@ -675,7 +769,7 @@ class Thinking:
         text = "".join(held)
         found = re.compile(rf"\s*{THOUGHT}\s*").match(text)
         if not found:
-            begins = any(tag.startswith(text.lstrip()) for tag in THINKING_TAGS)
+            begins = any(f"<{tag}>".startswith(text.lstrip()) for tag in THINKING_TAGS)
             if begins and len(text) < MAX_HELD and not end:
                 self._held = held
                 return []
@@ -694,10 +788,10 @@ class Thinking:
 
 # Reasoning in tags, even without an end. Like all patterns here, it is a string: `re` compiles them when they are first
 # used, and `llm --help` never uses them.
-THOUGHT = r"(?s:<(?P<tag>think|scratch_pad)>(?P<thought>.*?)(?P<closing></(?P=tag)>|\Z))"
+THOUGHT = rf"(?s:<(?P<tag>{'|'.join(THINKING_TAGS)})>(?P<thought>.*?)(?P<closing></(?P=tag)>|\Z))"
 
 
-# Tool calls and JSON in what the model wrote
+# --- Tool calls and JSON in what the model wrote ----------------------------------------------------------------------
 
 
 class ToolCallParser:
@@ -722,11 +816,11 @@ class ToolCallParser:
         self._passed = 0  # the length of that text
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the last text since then; nothing more once it has had the tag of a result in it
-        # How a call begins outside of our tags, which has to name a tool soon, and within them.
+        # How a call begins in JSON, which has to name a tool soon, and in code: <function=name= or [name( or {'name':
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
-        self._object = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
-        self._in_tag = re.compile(rf"[{{\[]|({name})(\.call)?\(")
+        self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
+        self._in_code = re.compile(rf"<function\W({name})\b|([\[{{]\W*(\w+\W+)?)?({name})(\.call)?[^\w\s.,<\]}}]")
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -769,11 +863,13 @@ class ToolCallParser:
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
         value = window[wrapping.end() :]
+        first, own = begins_answer(text, place), wrapping["tag"] in OWN_TAGS
         seems_a_call = (
             wrapping["function"] in self.names
-            or (value.startswith(RESULT_TAG) and begins_answer(text, place))
-            or (wrapping["tag"] in OWN_TAGS and self._in_tag.match(value))
-            or self._object.match(value)
+            or (first and value.startswith(RESULT_TAG))
+            or (own and value.startswith(("{", "[")))
+            or ((own or (first and not wrapping[0])) and self._in_code.match(value))
+            or self._in_json.match(value)
         )
         return wrapping if seems_a_call else None
 
@@ -838,7 +934,7 @@ class ToolCallParser:
 
 OWN_TAGS = ("tool_call", "tools", "python_tag")  # what the model is asked to use, what is around the tools, and Llama's
 RESULT_TAG = "<tool_response>"
-# Up to three tags and fences before a call. It can match nothing, so it always matches.
+# Up to three tags and fences before a call. It can match nothing, so it always matches. The bounds keep it linear.
 WRAPPING = (
     r"((<function=(?P<function>[\w.-]{1,64})>|<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))"
     r"\s{0,99}){0,3}"
@@ -882,6 +978,9 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     return name if isinstance(name, str) else None, arguments, is_tool
 
 
+CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
+
+
 def read_call(value: Any) -> llm.ToolCall:
     """The tool call in a JSON value. Raises `ValueError` if there is none."""
     if not isinstance(value, dict):
@@ -889,16 +988,16 @@ def read_call(value: Any) -> llm.ToolCall:
     name, arguments, _ = call_fields(value)
     if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
-    if arguments is None and not {"name", "arguments", "parameters", "function", "type", "id"}.issuperset(value):
+    if arguments is None and not CALL_FIELDS.issuperset(value):  # which may hold the arguments under another name
         raise ValueError('it has no "arguments"')
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):  # then they are no object
             arguments = json.loads(arguments or "{}", strict=False)
     if not isinstance(arguments, (dict, type(None))):
         raise ValueError('its "arguments" are not a JSON object')
-    if shallow(arguments, 100) != arguments:  # `llm`, which wraps them in more JSON, could fail to write them
+    if shallow(arguments, 100) != arguments:  # cut off at that depth; `llm` could fail to write them
         raise ValueError('its "arguments" are nested too deeply')
-    try:
+    try:  # the way through JSON finds NaN, and mends surrogates in all strings
         arguments = json.loads(replace_surrogates(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
     except ValueError:
         raise ValueError('its "arguments" contain NaN or Infinity, which are not JSON') from None
@@ -947,9 +1046,9 @@ def matching_json(text: str, validator: Any) -> str:
     for value, written in [*find_json(text)][::-1]:
         try:
             # If the schema wants an object whose one required field is a list, models may write the list alone.
-            match validator.schema:
-                case {"required": [field]} if isinstance(value, list) and not validator.is_valid(value):
-                    value, written = {field: value}, f"{{{json.dumps(field)}: {written}}}"
+            required = validator.schema.get("required", [])
+            if isinstance(value, list) and len(required) == 1 and not validator.is_valid(value):
+                value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
             error = best_match(validator.iter_errors(value))
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
             raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
@@ -959,6 +1058,7 @@ def matching_json(text: str, validator: Any) -> str:
             copied = True
         elif not mismatch:  # the last value is the one that was most likely meant
             # jsonschema's own message shows values as Python writes them, which a model would copy.
+            # A schema that is just `false` has no validator.
             wanted = as_json({error.validator: error.validator_value} if error.validator else False)
             mismatch = quoted(f"at {error.json_path}, the schema has {wanted}")
     problem = mismatch or ("it repeats the schema, without values" if copied else "it holds no JSON")
@@ -1006,7 +1106,7 @@ def shallow(value: Any, depth: int = 3) -> Any:
     return [shallow(nested, depth - 1) for nested in value] if isinstance(value, list) else value
 
 
-# What can go wrong
+# --- What can go wrong ------------------------------------------------------------------------------------------------
 
 
 class AutonomousError(llm.ModelError, click.ClickException):
@@ -1031,12 +1131,12 @@ class AutonomousError(llm.ModelError, click.ClickException):
         self.outage = outage
         self.correction = correction
 
-    def located(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
+    def for_user(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
         """The error as the user sees it, with the host and the number of attempts."""
         message = f"{url.netloc.decode()}: {self.message}"
         if attempts > 1:
             message += f" ({attempts} attempts)"
-        if self.outage and url.host == urlsplit(BASE_URL).hostname:
+        if self.outage and f"https://{url.host}" == BASE_URL:
             message += ". The service is often down"
             message += "" if checking else "; `llm autonomous check` shows which models answer"
         return AutonomousError(message, retryable=self.retryable, retry_after=self.retry_after, outage=self.outage)
@@ -1047,6 +1147,18 @@ def quoted(words: str) -> str:
     printable = "".join(char if char.isprintable() else " " for char in words[: 4 * MAX_EXCERPT])
     line = " ".join(printable.split())
     return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
+
+
+def explained(error: AutonomousError, envelope: dict[str, Any]) -> AutonomousError:
+    """What is wrong with an answer: first of all that it reached the model's limit, if it did."""
+    reason = quoted(str(envelope.get("finish_reason")))
+    if not re.search(LIMIT_REASON, reason):
+        return error
+    return AutonomousError(
+        f"the answer was cut short because it reached the model's limit (finish reason: {reason}): {error}",
+        outage=error.outage,
+        correction=error.correction and f"{SHORTER} {error.correction}",
+    )
 
 
 def not_understood(start: str) -> AutonomousError:
@@ -1109,18 +1221,15 @@ MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
 NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
 
 
-def reported_error(*places: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
-    """The error that one of some objects reports.
+def reported_error(fields: dict[str, Any]) -> AutonomousError | None:
+    """The error that an object reports.
 
-    It reports one in ``error`` or ``errors``, or in a message beside a code that does not stand for success, or without
-    a code if ``message_suffices``.
+    It is in ``error`` or ``errors``, or it is a message beside a code that does not stand for success.
     """
-    for place in places:
-        message = any(isinstance(place.get(key), (str, list)) and place[key] for key in MESSAGE_KEYS)
-        code = place.get("code", place.get("status_code"))
-        failed = message_suffices if code is None else is_error_value(code)
-        if is_error_value(place.get("error")) or is_error_value(place.get("errors")) or (message and failed):
-            return AutonomousError(f"the service reports an error: {quoted(error_words(place))}")
+    message = any(isinstance(fields.get(key), (str, list)) and fields[key] for key in MESSAGE_KEYS)
+    failed = message and is_error_value(fields.get("code", fields.get("status_code")))
+    if failed or is_error_value(fields.get("error")) or is_error_value(fields.get("errors")):
+        return AutonomousError(f"the service reports an error: {quoted(error_words(fields))}")
     return None
 
 
@@ -1131,8 +1240,9 @@ def is_error_value(value: Any) -> bool:
 
 
 def mentions_error(value: Any) -> bool:
-    """Whether a value that was not understood has a field or a word in it that stands for an error."""
-    return value is not None and bool(re.search(r'(?i)"\w*(error|fail)\w*"', as_json(value)))
+    """Whether a value that was not understood has a field, a word or a string in it that stands for an error."""
+    pattern = "(?i)error|fail" if isinstance(value, str) else r'(?i)"\w*(error|fail)\w*"'
+    return value is not None and bool(re.search(pattern, as_json(value)))
 
 
 def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
@@ -1153,8 +1263,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
             words = error_words(json.loads(words))
         words = quoted(words)
     message = f"{status}: {words}" if words else status
-    asked = reply.headers.get("retry-after", "")
-    retry_after = float(asked[:15]) if re.fullmatch(r"[0-9]+", asked) else None
+    retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
     if retry_after is not None:
         message += f"; it asks to wait {retry_after:.0f} s"
     return AutonomousError(
@@ -1165,6 +1274,21 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
     )
 
 
+def parse_retry_after(value: str) -> float | None:
+    """Seconds to wait, by a ``Retry-After`` header, which has seconds or a date (RFC 9110, section 10.2.3).
+
+    If it was sent more than once, its values are separated by commas, and the longest wait counts.
+    """
+    waits = []
+    for part in re.split(r"(?<![a-z])\s*,\s*", value.strip()):  # not after the "Wed" of a date
+        with contextlib.suppress(ValueError, OverflowError):  # if it is no number, and the date does not exist
+            if re.fullmatch(r"[\d.]+", part):
+                waits.append(float(part))
+            elif date := email.utils.parsedate_tz(part):
+                waits.append(email.utils.mktime_tz(date) - time.time())
+    return max(0.0, *waits) if waits else None
+
+
 def transport_error(error: Exception, answered: bool, timeout: float, proxy: str) -> AutonomousError:
     """The error for an exception from httpx or the libraries below it."""
     import httpx
@@ -1172,7 +1296,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
     if isinstance(error, AutonomousError):
         return error
     cause = root_cause(error)
-    reason = reason_of(cause) or f"no reason given ({type(cause).__name__})"
+    reason = reason_of(cause)
     silent = isinstance(error, httpx.TimeoutException)
     # With any other words, httpcore and h11 mean a malformed reply.
     dropped = isinstance(error, httpx.NetworkError) or str(error).startswith(("Server disconnected", "peer closed"))
@@ -1180,26 +1304,38 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         lost = f"silent for {timeout:g} s" if silent else "the connection was lost" if dropped else reason
         return AutonomousError(f"the answer is incomplete: {lost} in the middle of the reply", retryable=dropped)
     if hasattr(cause, "verify_code"):
-        advice = ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority"
-        message = f"its certificate cannot be verified: {reason}"
-        return AutonomousError(message + (advice if cause.verify_code in UNKNOWN_ISSUER else ""), outage=True)
+        advice = CERTIFICATE_ADVICE.get(cause.verify_code, "")
+        return AutonomousError(f"its certificate cannot be verified: {reason}{advice}", outage=True)
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)):
-        through = f" through the proxy {proxy}" if proxy else ""
-        words = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s" if silent else reason
-        refusal = re.match(r"[0-9]{3}\b", reason)  # the status that an HTTP proxy answered with
-        retryable = not refusal or int(refusal[0]) in RETRY_STATUSES
-        return AutonomousError(f"cannot connect{through}: {words}", retryable=retryable, outage=not proxy)
+        through = f" through the proxy {httpx.URL(proxy).netloc.decode()}" if proxy else ""
+        if silent:
+            reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
+        elif not reason or "EOF occurred" in reason:
+            # Only a TLS handshake ends without words of the operating system, or with these of OpenSSL.
+            reason = "the connection was closed during the TLS handshake"
+        # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
+        status = re.match(r"[0-9]{3}\b", reason)
+        passing = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
+        retryable = passing or not isinstance(error, httpx.ProxyError)
+        return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
     if dropped:
         return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
     if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
         return AutonomousError(f"the reply was not understood: {reason}")
-    return AutonomousError(f"the request failed: {type(error).__name__}: {reason}")
+    return AutonomousError(f"the request failed: {reason or 'no reason was given'}")
 
 
-# OpenSSL's codes for a certificate, or the last of a chain, that no known authority has signed.
-UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+# By OpenSSL's codes for what is wrong with a certificate.
+CERTIFICATE_ADVICE = {
+    9: ". Check the date and time of this computer",
+    10: ". Only the owner of the server can renew it",
+    **dict.fromkeys(
+        (2, 18, 19, 20, 21),  # its issuer is not known
+        ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority",
+    ),
+}
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -1217,21 +1353,11 @@ def reason_of(cause: BaseException) -> str:
     """What the operating system or OpenSSL says went wrong."""
     if type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
         return os.strerror(cause.errno)  # in place of which asyncio has words of its own
-    return quoted(getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause))
+    words = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause)
+    return quoted(words).rstrip(".")
 
 
-def proxy_address(option: str | None, url: httpx.URL) -> str:
-    """Host and port of the proxy that requests for ``url`` go through, or nothing. A password is left out."""
-    import urllib.request
-
-    proxy = option
-    if not proxy and not urllib.request.proxy_bypass(url.host):
-        proxies = urllib.request.getproxies()
-        proxy = proxies.get(url.scheme) or proxies.get("all")
-    return quoted((proxy or "").rpartition("://")[2].rpartition("@")[2].partition("/")[0])
-
-
-# Retries: one prompt, and the attempts to get it answered
+# --- Retries: one prompt, and the attempts to get it answered ---------------------------------------------------------
 
 
 def retry_wait(error: AutonomousError, number: int, limit: int) -> float | None:
@@ -1250,32 +1376,31 @@ class Exchange:
         options = cast(AutonomousOptions, prompt.options)
         self.model = model
         self.stream = stream
-        self.proxy = options.proxy
+        self.url = endpoint_url(model.service.endpoint)
+        self.proxy = find_proxy(options.proxy, self.url)
         self.timeout = options.timeout or DEFAULT_TIMEOUT
-        self.connect_timeout = min(self.timeout, CONNECT_TIMEOUT)
         self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
-        self.schema = prompt.schema = schema_of(prompt, conversation)  # also for the log of `llm`
-        self.validator = schema_validator(self.schema) if self.schema else None
+        schema = prompt.schema = schema_of(prompt, conversation)  # where the log of `llm` finds it as well
+        self.validator = schema_validator(schema) if schema else None
         self.new_results = bool(self.tools) and holds_new_results(prompt.messages)
         self.messages = self._messages(prompt, conversation)
-        self.url = endpoint_url(model.service.endpoint)
         # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
         # would keep the connection open until the garbage collector runs.
         self.response: Any = weakref.proxy(response)
 
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
         """The messages to send. Raises if the user has given nothing to answer."""
-        in_json = schema_instructions(self.schema) if self.schema else ""
+        in_json = schema_instructions(self.validator.schema) if self.validator else ""
         instructions, after_results = in_json, ""
         if self.tools:  # a model that knows the schema before it has the results makes them up
-            instructions, after_results = tool_instructions(self.tools), f"{AFTER_RESULTS} {in_json}".strip()
+            instructions = tool_instructions(self.tools)
+            after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         image_types = self.model.service.attachment_types
         messages = build_messages(prompt.messages, image_types, bool(self.tools), instructions, after_results)
-        last = messages[-1] if messages else {"role": "user", "content": ""}
+        roles = [message["role"] for message in messages if message["content"] != instructions]
         # The last message may be the assistant's. In a conversation, it is the answer before, and nothing was asked
-        # since. Elsewhere, the caller has begun the answer for the model. Our own instructions are no prompt, either.
-        nothing_new = last["role"] == "assistant" and conversation is not None
-        if nothing_new or (isinstance(last["content"], str) and not last["content"].removesuffix(instructions).strip()):
+        # since. Elsewhere, the caller has begun the answer for the model.
+        if not roles or (roles[-1] == "assistant" and conversation is not None):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
 
@@ -1290,15 +1415,15 @@ class Exchange:
                 self._report(attempt)
                 return
             # Only `llm autonomous check` asks for a single attempt.
-            located = error.located(self.url, number, checking=limit == 1)
+            told = error.for_user(self.url, number, checking=limit == 1)
             wait, corrected = 0.0, attempt.corrected
             if error.correction and not corrected and number < limit:
                 step, corrected = "asking the model to correct it", attempt
             elif not attempt.yielded and (pause := retry_wait(error, number, limit)) is not None:
                 step, wait = f"trying again in {pause:.1f} s", pause
             else:
-                raise located from attempt.failure
-            logger.info("%s; %s", located, step)
+                raise told from attempt.failure
+            logger.info("%s; %s", told, step)
             attempt = kind(self, number + 1, wait, corrected)
 
     def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
@@ -1314,17 +1439,16 @@ class Exchange:
         if isinstance(model := envelope.get("model"), str):
             self.response.set_resolved_model(quoted(model))
         answers = [attempt.corrected, attempt] if attempt.corrected else [attempt]
-        usages = [answer.completion.envelope.get("usage") for answer in answers]
-        if usages := [usage for usage in usages if isinstance(usage, dict)]:
-            sent, received = (count_tokens(usages, key) for key in ("prompt_tokens", "completion_tokens"))
-            details = {key: value for key, value in usages[-1].items() if key.endswith("_details")}
+        if usage := add_up(*(answer.completion.envelope.get("usage") for answer in answers)):
+            details = {key: value for key, value in usage.items() if key.endswith("_details")}
+            sent, received = usage.get("prompt_tokens"), usage.get("completion_tokens")
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         if completion.not_understood is not None:
             excerpt = quoted(as_json(completion.not_understood))
             logger.warning("part of the reply was not understood; it begins: %s", excerpt)
         reason = quoted(str(envelope.get("finish_reason", "stop")))
         if not re.search(USUAL_FINISH_REASON, reason):
-            limit = ": it reached the model's limit" if re.search("(?i)length|max|limit", reason) else ""
+            limit = ": it reached the model's limit" if re.search(LIMIT_REASON, reason) else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not attempt.whole:
             logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
@@ -1344,10 +1468,16 @@ def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
     return cast("dict[str, Any] | None", schema)
 
 
-def count_tokens(usages: list[dict[str, Any]], key: str) -> int | None:
-    # A number that SQLite cannot store would make `llm` fail to log a good answer.
-    counts = [usage[key] for usage in usages if isinstance(usage.get(key), int) and 0 <= usage[key] < 2**62]
-    return sum(counts) if counts else None
+def add_up(*usages: Any) -> dict[str, Any]:
+    """The token counts of several answers, each key by itself."""
+    total: dict[str, Any] = {}
+    for usage in usages:
+        for key, value in usage.items() if isinstance(usage, dict) else ():
+            if isinstance(value, dict):
+                total[key] = add_up(total.get(key), value)
+            elif isinstance(value, (int, float)) and 0 <= value < 2**62:  # more, SQLite could not store
+                total[key] = value + (total[key] if isinstance(total.get(key), (int, float)) else 0)
+    return total
 
 
 class Attempt:
@@ -1387,71 +1517,71 @@ class Attempt:
             said = [{"role": "assistant", "content": answer}] if answer.strip() else []
             messages = [*messages, *said, {"role": "user", "content": correction}]
         body = build_body(exchange.model.service, messages, exchange.stream)
-        limits = httpx.Timeout(exchange.timeout, connect=exchange.connect_timeout, pool=None)
+        limits = httpx.Timeout(exchange.timeout, connect=min(exchange.timeout, CONNECT_TIMEOUT), pool=None)
         extensions = {"timeout": limits.as_dict()}
         return httpx.Request("POST", exchange.url, headers=build_headers(), content=body, extensions=extensions)
 
     @property
     def whole(self) -> bool:
         """Whether the answer is complete, so that losing the connection does no harm."""
-        return self.completion.whole or self.framing.ended or self._calls_only
+        return self.completion.whole or self.framing.ended or (self.parser is not None and self.parser.finished)
 
     @property
     def done(self) -> bool:
-        """Whether nothing that still arrives is worth reading."""
+        """Whether nothing that still arrives is worth reading: not even the end of the reply, and the usage."""
         page_read = self.refusal is not None and len(self.beginning) == MAX_PAGE_BYTES
-        return self.error is not None or page_read or self._calls_only
-
-    @property
-    def _calls_only(self) -> bool:
-        """Whether the model goes on to make up the results of its calls."""
-        return self.parser is not None and self.parser.finished
+        return self.error is not None or page_read or (self.parser is not None and self.parser.finished)
 
     def open(self, head: httpx.Response) -> None:
         """Take the status and headers of the reply."""
         self.refusal = None if head.is_success else head
-        coding = head.headers.get("content-encoding", "")
-        if "," in coding:  # one compression inside another can expand to terabytes
-            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(coding)}")
+        named = head.headers.get("content-encoding", "")
+        codings = re.findall(CODINGS, named.lower())
+        if codings == ["x-gzip"]:
+            head.headers["content-encoding"] = "gzip"  # httpx knows only this name
+        elif codings not in ([], ["gzip"], ["deflate"]):
+            # We did not ask for it, and one compression inside another can expand to terabytes.
+            raise AutonomousError(f"the reply was not understood: its encoding is {quoted(named)}")
 
     def feed(self, data: bytes) -> list[str | StreamEvent]:
         """Take the next bytes of the reply, and return the pieces of the answer that they complete."""
         limit = MAX_PAGE_BYTES if self.refusal else MAX_BEGINNING
         self.beginning += data[: limit - len(self.beginning)]
-        return self._out(self._read(data))
+        return self._out(self._decode(data))
 
     def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
         pieces: list[Any] = []
         if not self.error:  # an error that came before the end is more telling than what is found now
-            pieces = self._read(b"", end=True)
+            pieces = self._decode(b"", end=True)
             self.error = self._problem()
         if not self.error:
             pieces += self._parse([], end=True)
+            self.error = self.error and explained(self.error, self.completion.envelope)
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
-        """Seconds to wait for more bytes: ``timeout`` or, once the answer is whole, what is left of `END_TIMEOUT`.
+        """Seconds to wait for more bytes: ``timeout`` or, if nothing more is needed, what is left of a shorter limit.
 
-        Reading on to the end keeps the connection alive for the next prompt, and may bring the usage. It is not worth
-        waiting long for.
+        Reading on to the end of an error or a whole answer keeps the connection alive for the next prompt, and may
+        bring words or the usage. It is not worth waiting long for.
         """
-        if not self.whole:
+        if not (self.refusal or self.whole):
             return timeout
         now = time.monotonic()
         if self.deadline is None:
-            self.deadline = now + END_TIMEOUT
+            self.deadline = now + (ERROR_BODY_TIMEOUT if self.refusal else END_TIMEOUT)
         if self.deadline <= now:
-            raise TimeoutError("the answer is complete, but the reply does not end")
+            raise TimeoutError("nothing more is needed, but the reply does not end")
         return min(timeout, self.deadline - now)
 
-    def _read(self, data: bytes, end: bool = False) -> list[Any]:
+    def _decode(self, data: bytes, end: bool = False) -> list[Any]:
         """The text, reasoning and tool calls completed by ``data`` or by the ``end`` of the reply."""
         if self.refusal or self.error:
             return []
         values = self.framing.feed(data, end)
         end = end or self.framing.ended
-        pieces: list[Any] = self.thinking.feed(self.completion.feed(values), end) if values or end else []
+        pieces: list[Any] = self.thinking.feed(self.completion.feed(values, end), end) if values or end else []
         self.error = self.completion.error or self.framing.error
         if not pieces:
             return []
@@ -1488,8 +1618,7 @@ class Attempt:
         if self.refusal:
             return status_error(self.refusal, self.beginning)
         if self.failure and not (self.whole or self.framing.page):
-            proxy = proxy_address(self.exchange.proxy, self.exchange.url)
-            return transport_error(self.failure, answered, self.exchange.timeout, proxy)
+            return transport_error(self.failure, answered, self.exchange.timeout, self.exchange.proxy)
         if self.error:
             return self.error
         if answered and self.framing.cut_off and not self.whole:
@@ -1508,7 +1637,8 @@ class Attempt:
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
-        return AutonomousError(quoted(message), outage=True, correction=correction)
+        error = AutonomousError(quoted(message), outage=True, correction=correction)
+        return explained(error, self.completion.envelope)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1522,107 +1652,143 @@ class Attempt:
         return out
 
 
-# Connections: kept from prompt to prompt, because each costs a TLS handshake
+# --- Connections: kept from prompt to prompt, because each costs a TLS handshake --------------------------------------
 
 
 class ClientKey(NamedTuple):
     """Everything that decides which client can send a prompt."""
 
-    process: int  # a forked child makes its own clients, and never closes those of its parent
+    process: int  # a forked child never uses or closes the connections of its parent
     loop: asyncio.AbstractEventLoop | None  # of an async client
-    proxy: str | None
-    environment: tuple[str | None, ...]
+    proxy: str
+    certificates: tuple[str | None, ...]  # the values of CERTIFICATE_VARIABLES
 
 
-class AsyncClient(NamedTuple):
-    """An async client, and what its event loop needs to share it."""
+class Client:
+    """An httpx client, which is one pool of connections, and a count of the prompts that use it (``with``)."""
 
-    http: httpx.AsyncClient
-    # Prompts wait for their turn here. In httpcore's own queue, each would cost as much time as there are others, and a
-    # SOCKS connection that is cancelled while it is made would take a place for ever.
-    turns: asyncio.Semaphore
-    life: AsyncGenerator[httpx.AsyncClient, None]
+    def __init__(self, kind: Callable[..., Any], key: ClientKey) -> None:
+        self.key = key
+        self.http = new_http_client(kind, key)
+        self.in_flight = 0
+        self.last_used = 0.0  # by time.monotonic()
+        self.life: Any = None  # what closes an async client
+
+    def __enter__(self) -> Any:
+        with lock():
+            self.in_flight += 1
+        return self.http
+
+    def __exit__(self, *exception: object) -> None:
+        with lock():
+            self.in_flight -= 1
+            self.last_used = time.monotonic()
 
 
-_locks: dict[int, threading.Lock] = {}  # by process: if a lock is held during a fork, the child never gets it
-_clients: dict[ClientKey, httpx.Client] = {}
-_async_clients: dict[ClientKey, AsyncClient] = {}
+_clients: dict[Client, None] = {}  # an ordered set
+_locks: dict[int, threading.RLock] = {}
 
 
-def client_key(proxy: str | None, loop: asyncio.AbstractEventLoop | None = None) -> ClientKey:
-    names = (*PROXY_VARIABLES, *CERTIFICATE_VARIABLES)
-    return ClientKey(os.getpid(), loop, proxy, tuple(os.environ.get(name) for name in names))
+def lock() -> threading.RLock:
+    """This process's lock for its clients. If a lock is held during a fork, the child never gets it."""
+    return _locks.setdefault(os.getpid(), threading.RLock())
 
 
-def sync_client(proxy: str | None) -> httpx.Client:
-    """This process's client for ``proxy``, made when it is first needed."""
+def find_client(
+    kind: Callable[..., Any], proxy: str, loop: asyncio.AbstractEventLoop | None = None
+) -> tuple[Client, list[Client]]:
+    """A client with room for another prompt, made if there is none, and those no longer worth keeping, to be closed.
+
+    One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
+    the others.
+    """
+    key, now = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES))), time.monotonic()
+    own = [client for client in [*_clients] if client.key[:2] == key[:2]]
+    found = next((client for client in own if client.key == key and client.in_flight < POOL_SIZE), None)
+    client = found or Client(kind, key)
+    client.last_used, _clients[client] = now, None
+    idle = sorted((old for old in own if not old.in_flight), key=lambda old: old.last_used, reverse=True)
+    unneeded = [old for n, old in enumerate(idle) if n >= MAX_IDLE_CLIENTS or old.last_used < now - KEEPALIVE]
+    for old in unneeded:
+        del _clients[old]
+    return client, unneeded
+
+
+def sync_client(proxy: str) -> Client:
     import httpx
 
-    key = client_key(proxy)
-    with _locks.setdefault(os.getpid(), threading.Lock()):
-        if key not in _clients:
-            _clients[key] = new_client(httpx.Client, proxy)
-            atexit.register(_close_client, key)
-        return _clients[key]
+    with lock():
+        client, unneeded = find_client(httpx.Client, proxy)
+    for old in unneeded:
+        old.http.close()
+    return client
 
 
-def _close_client(key: ClientKey) -> None:
-    if key in _clients and key.process == os.getpid():
-        _clients.pop(key).close()
+@atexit.register
+def close_clients() -> None:
+    """Close the sync clients of this process. The async ones are closed with their event loop."""
+    for client in [*_clients]:
+        if client.key[:2] == (os.getpid(), None):
+            _clients.pop(client, None)
+            client.http.close()
 
 
-async def async_client(proxy: str | None) -> AsyncClient:
-    """The client of the running event loop for ``proxy``, made when it is first needed."""
+async def async_client(proxy: str) -> Client:
     import asyncio
 
-    key = client_key(proxy, asyncio.get_running_loop())
-    if key not in _async_clients:
-        for old in [*_async_clients]:
-            if old.loop and old.loop.is_closed():  # without having shut down
-                _async_clients.pop(old, None)
-        life = _live(key)
-        _async_clients[key] = AsyncClient(await anext(life), asyncio.Semaphore(MAX_CONNECTIONS), life)
-    return _async_clients[key]
+    import httpx
+
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # under trio, for instance
+        raise AutonomousError("async prompts need an event loop of asyncio, and none is running") from None
+    for other in [*_clients]:
+        if other.key.loop and other.key.loop.is_closed():  # without having shut down
+            _clients.pop(other, None)
+    client, unneeded = find_client(httpx.AsyncClient, proxy, loop)
+    if client.life is None:
+        client.life = _live(client)
+        await anext(client.life)
+    for old in unneeded:
+        await old.life.aclose()
+    return client
 
 
-async def _live(key: ClientKey) -> AsyncGenerator[httpx.AsyncClient, None]:
-    """Makes an async client, and closes it when its event loop shuts down.
+async def _live(client: Client) -> AsyncGenerator[None, None]:
+    """Closes an async client when it is no longer needed or its event loop shuts down.
 
     A loop then closes every async generator that was started in it. There is no other way to learn of it in time.
     """
-    import httpx
-
-    client: httpx.AsyncClient = new_client(httpx.AsyncClient, key.proxy)
     try:
-        yield client
+        yield
     finally:
-        _async_clients.pop(key, None)
+        _clients.pop(client, None)
         # A loop that never shut down, as nest_asyncio leaves its own, no longer runs at the end of the process.
-        if key.process == os.getpid() and key.loop and key.loop.is_running():
-            await client.aclose()
+        if client.key.process == os.getpid() and client.key.loop and client.key.loop.is_running():
+            await client.http.aclose()
 
 
-def new_client(kind: Callable[..., Any], proxy: str | None) -> Any:
-    """An httpx client, which reads proxy settings from the environment itself if it is given none."""
+def new_http_client(kind: Callable[..., Any], key: ClientKey) -> Any:
+    import certifi
     import httpx
 
     logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # at DEBUG it logs the proxy's password
     try:
         return kind(
-            verify=ssl_context(*map(os.environ.get, CERTIFICATE_VARIABLES)),
-            proxy=proxy.replace("socks5h://", "socks5://", 1) if proxy else None,
-            limits=httpx.Limits(max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE),
+            verify=ssl_context(*key.certificates),
+            # To httpx the two are the same, but before 0.28 it rejects socks5h.
+            proxy=key.proxy.replace("socks5h://", "socks5://", 1) or None,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=POOL_SIZE, keepalive_expiry=KEEPALIVE),
         )
     except OSError as error:
-        reason = reason_of(error)
-        message = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded: {reason}"
-        raise AutonomousError(message) from error
+        path = error.filename or next(filter(None, key.certificates[:2]), None) or certifi.where()
+        variables = [name for name in CERTIFICATE_VARIABLES if os.environ.get(name) == path]
+        named = f", which {variables[0]} names" if variables else ""
+        raise AutonomousError(f"cannot load {path}{named}: {reason_of(error)}") from error
     except ImportError:
         message = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
         raise AutonomousError(message) from None
-    except (ValueError, httpx.InvalidURL):
-        # Neither quote httpx nor chain its exception: both may contain a password.
-        raise AutonomousError(proxy_problem()) from None
 
 
 @functools.cache
@@ -1633,16 +1799,7 @@ def ssl_context(*certificates: str | None) -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def proxy_problem() -> str:
-    """What is wrong with the proxy settings of the environment."""
-    for name in PROXY_VARIABLES:
-        url = os.environ.get(name, "")
-        if url and "no_proxy" not in name.lower() and not is_proxy_url(url if "://" in url else f"http://{url}"):
-            return f"{name} is not a proxy URL"
-    return "NO_PROXY cannot be read: write an IPv6 address without brackets, such as ::1"
-
-
-# What moves the bytes
+# --- What moves the bytes ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1676,8 +1833,8 @@ class SocksHandshake:
     httpcore reports each step to the ``trace`` extension of a request: a function or, for async, a coroutine function.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+    def __init__(self, request: httpx.Request) -> None:
+        self.timeout: float = request.extensions["timeout"]["connect"]
         self.stream: Any = None  # the connection to the proxy
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
@@ -1701,7 +1858,7 @@ class SocksHandshake:
             return None
         error: BaseException = info["exception"]
         if isinstance(error, httpcore.TimeoutException):
-            return httpcore.ConnectTimeout()
+            return httpcore.ProxyError(f"no reply within {self.timeout:g} s")
         known = isinstance(error, httpcore.ProxyError) or not isinstance(error, Exception)
         return error if known else httpcore.ProxyError("it does not answer as a SOCKS proxy")
 
@@ -1713,7 +1870,7 @@ class _Shared:
     supports_tools = True
     supports_schema = True
     Options = AutonomousOptions
-    attempts = ATTEMPTS
+    attempts = ATTEMPTS  # `llm autonomous check` changes these two for its own models
     attempt_type: type[Attempt] = Attempt
 
     def __init__(self, service: ServiceModel) -> None:
@@ -1729,22 +1886,22 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
     ) -> Iterator[str | StreamEvent]:
         exchange = Exchange(self, prompt, stream, response, conversation)
-        client = sync_client(exchange.proxy)
-        for attempt in exchange.attempts():
-            if attempt.wait:
-                time.sleep(attempt.wait)
-            try:
-                request = attempt.request()
-                request.extensions["trace"] = SocksHandshake(exchange.connect_timeout).trace
-                with contextlib.closing(client.send(request, stream=True)) as head, limited(head, attempt):
-                    attempt.open(head)
-                    for data in head.iter_bytes():
-                        yield from attempt.feed(data)
-                        if attempt.done:
-                            break
-            except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
-                attempt.failure = failure
-            yield from attempt.close()
+        with sync_client(exchange.proxy) as http:
+            for attempt in exchange.attempts():
+                if attempt.wait:
+                    time.sleep(attempt.wait)
+                try:
+                    request = attempt.request()
+                    request.extensions["trace"] = SocksHandshake(request).trace
+                    with contextlib.closing(http.send(request, stream=True)) as head, limited(head, attempt):
+                        attempt.open(head)
+                        for data in head.iter_bytes():
+                            yield from attempt.feed(data)
+                            if attempt.done:
+                                break
+                except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
+                    attempt.failure = failure
+                yield from attempt.close()
 
 
 class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
@@ -1763,15 +1920,14 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
         del response, conversation  # see the weak reference in Exchange
         # When an event loop shuts down, it closes all async generators at once, and reports an error if two of them try
         # to close each other. So this has to be the only one, apart from those of httpx.
-        client = await async_client(exchange.proxy)
-        async with client.turns:
+        with await async_client(exchange.proxy) as http:
             for attempt in exchange.attempts():
                 if attempt.wait:
                     await asyncio.sleep(attempt.wait)
                 try:
                     request = attempt.request()
-                    request.extensions["trace"] = SocksHandshake(exchange.connect_timeout).trace_async
-                    head = await client.http.send(request, stream=True)
+                    request.extensions["trace"] = SocksHandshake(request).trace_async
+                    head = await http.send(request, stream=True)
                     async with contextlib.aclosing(head):
                         with limited(head, attempt):
                             attempt.open(head)
@@ -1786,7 +1942,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     yield piece
 
 
-# The one command
+# --- The one command --------------------------------------------------------------------------------------------------
 
 
 @llm.hookimpl
@@ -1826,6 +1982,7 @@ def check(
         raise click.BadParameter("must be more than 0, and at most a day", param_hint="'--timeout'")
     try:
         models = [llm.get_async_model(model_id) for model_id in model_ids]
+        # --timeout limits each whole answer, so the limit on silence need not.
         settings = AutonomousOptions.model_validate({"timeout": MAX_TIMEOUT, **dict(options)})
     except llm.UnknownModelError as error:
         raise click.ClickException(error.args[0]) from None
@@ -1894,10 +2051,11 @@ async def _check(
             row["error"] = error.message
         except asyncio.TimeoutError:
             late = AutonomousError(f"no whole answer within {timeout:g} s", outage=True)
-            row["error"] = late.located(urls[service], checking=True).message
+            row["error"] = late.for_user(urls[service], checking=True).message
         if show:
             result = f"ok, {row['seconds']:.2f} s" if row["ok"] else row["error"]
-            click.echo(f"{service.model_id:<21} : {service.endpoint:<11} : {result}")
+            row_text, encoding = f"{service.model_id:<21} : {service.endpoint:<11} : {result}", sys.stdout.encoding
+            click.echo(row_text.encode(encoding, "backslashreplace").decode(encoding))  # its code page may lack some
         return row
 
     if show and sys.stderr.isatty():

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import json
 import os
 import select
 import signal
@@ -26,7 +27,8 @@ import pytest
 from click.testing import CliRunner
 from llm.cli import cli
 from llm.parts import Message, TextPart
-from loopback import Loopback, environment
+from loopback import DONE, Connection, Loopback, Request, delta, environment, event, say
+from loopback import Answer as Reply
 
 import llm_autonomous
 from llm_autonomous import Attempt, AutonomousError, Exchange
@@ -40,6 +42,15 @@ Start = Callable[..., Command]
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
+
+STOP = event(delta(finish_reason="stop")) + DONE
+NOW_TAG = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+DOG = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+CLEO = '{"name": "Cleo", "age": 4}'
 
 # Each look-up makes all models of all plugins again, which costs the oldest llm 0.3 s.
 get_model = functools.cache(llm.get_model)
@@ -167,6 +178,32 @@ def chain(request: pytest.FixtureRequest) -> Chain:
     return lambda *args, **kwargs: asyncio.run(chain_async(*args, **kwargs))
 
 
+def now() -> str:
+    return "noon"
+
+
+def texts(*pieces: str, usage: dict[str, Any] | None = None) -> Reply:
+    """An answer of these pieces of text."""
+    last = [event({"choices": [], "usage": usage})] if usage else []
+    return say([*(event(delta(piece)) for piece in pieces), *last, STOP])
+
+
+def cut(*pieces: str) -> Reply:
+    """An answer of these pieces, after which the connection is lost."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        await connection.head()
+        for piece in pieces:
+            await connection.send(event(delta(piece)))
+        await connection.drop()
+
+    return answer
+
+
+async def refuse(request: Request, connection: Connection) -> None:
+    await connection.whole(b"overloaded", "503 Service Unavailable")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c() -> None:
     """Ctrl-C interrupts the processes that tests start, even if a script started the tests with ``&``.
@@ -182,8 +219,7 @@ numbers = itertools.count()
 
 def close_connections() -> None:
     """Close the connections that sync prompts keep for the next one. Those of async prompts end with their loop."""
-    for key in [*llm_autonomous._clients]:
-        llm_autonomous._close_client(key)
+    llm_autonomous.close_clients()
 
 
 def pools() -> list[Any]:
@@ -266,6 +302,13 @@ def invoke(*arguments: str, typed: str | None = None) -> tuple[str, str, int]:
     return result.stdout, result.stderr, result.exit_code
 
 
+def run(*arguments: str, typed: str | None = None) -> str:
+    """What `llm` says where nothing is wrong."""
+    stdout, stderr, code = invoke(*arguments, typed=typed)
+    assert (stderr, code) == ("", 0)
+    return stdout
+
+
 @pytest.fixture(name="start")
 def start_fixture() -> Iterator[Start]:
     """``start(*command, url=..., typed=...)`` starts a process; what is left of it goes with the test."""
@@ -315,3 +358,24 @@ def finish(process: Command) -> tuple[str, str, int]:
     """What a command said, what it complained of, and its exit code."""
     stdout, stderr = process.communicate(timeout=DEADLINE)
     return stdout, stderr, process.returncode
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+
+async def complete(request: Request, connection: Connection) -> None:
+    """Answer as OpenAI does: with what the last message was, and with usage in a stream only if it was asked for."""
+    text = f"upstream heard: {request.payload['messages'][-1]['content']}"
+    if not request.payload["stream"]:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        await connection.whole(json.dumps({"model": "tiny", "choices": [choice], "usage": USAGE}).encode())
+        return
+    await connection.head()
+    for word in text.split(" "):
+        await connection.send(event(delta(f"{word} ", model="tiny")))
+    await connection.send(event(delta(finish_reason="stop", model="tiny")))
+    if request.payload.get("stream_options") == {"include_usage": True}:
+        await connection.send(event({"choices": [], "usage": USAGE}))
+    await connection.send(DONE)
+    await connection.end()

@@ -15,30 +15,11 @@ import httpx
 import llm
 import pytest
 from bridge import Bridge, Exchange, read_reply
-from conftest import NOWHERE, PNG, Ask, Start, finish, output_until
+from conftest import NOWHERE, PNG, USAGE, Ask, Start, complete, finish, output_until
 from loopback import DONE, Connection, Loopback, Request, delta, event, say
 from proxies import until
 
 BRIDGE = [sys.executable, str(Path(__file__).with_name("bridge.py"))]
-USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-
-
-async def complete(request: Request, connection: Connection) -> None:
-    """Answer as OpenAI does: with what the last message was, and with usage in a stream only if it was asked for."""
-    text = f"upstream heard: {request.payload['messages'][-1]['content']}"
-    if not request.payload["stream"]:
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        await connection.whole(json.dumps({"model": "tiny", "choices": [choice], "usage": USAGE}).encode())
-        return
-    await connection.head()
-    for word in text.split(" "):
-        await connection.send(event(delta(f"{word} ", model="tiny")))
-    await connection.send(event(delta(finish_reason="stop", model="tiny")))
-    if request.payload.get("stream_options") == {"include_usage": True}:
-        await connection.send(event({"choices": [], "usage": USAGE}))
-    await connection.send(DONE)
-    await connection.end()
 
 
 @pytest.fixture

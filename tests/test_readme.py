@@ -17,10 +17,9 @@ import pytest
 from benchmark import PAGE, SPEED_ROWS, SPEED_TABLE
 from click.testing import CliRunner
 from cogapp import Cog
-from conftest import Start, output_until
+from conftest import Start, complete, output_until
 from llm.cli import cli
 from loopback import Loopback
-from test_bridge import complete
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -127,7 +126,7 @@ def test_links_to_files_lead_somewhere() -> None:
 
 
 def test_speed_table_has_its_rows() -> None:
-    """The place in tests/README.md that `tests/benchmark.py --readme` writes to holds each of its rows once."""
+    """The place in tests/README.md that `tests/measure/benchmark.py --readme` writes to holds each of its rows once."""
     [table] = SPEED_TABLE.findall(PAGE.read_text())
     rows = re.findall(r"^\| (.*?) \| .*? \| (.*?) \|", table, re.MULTILINE)[1:]
     assert len(rows) == len(SPEED_ROWS)

@@ -1,4 +1,4 @@
-"""tests/real_model.py counts what it should. The model is a script here; the real one is not part of CI."""
+"""tests/measure/real_model.py counts what it should. The model is a script here; the real one is not part of CI."""
 
 from __future__ import annotations
 

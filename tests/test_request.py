@@ -405,7 +405,7 @@ def test_a_conversation_begun_with_another_model_goes_on(ask: Ask, service: HTTP
         pytest.param({"prompt": ""}, id="empty"),
         pytest.param({"prompt": " \t\r\n\u2028"}, id="blank"),
         pytest.param({"prompt": " ", "system": "Be brief"}, id="blank after a system prompt"),
-        pytest.param({"prompt": "", "tools": [llm.Tool.function(print)]}, id="tools only"),
+        pytest.param({"prompt": "", "tools": [llm.Tool("look")]}, id="tools only"),
         pytest.param({"prompt": None, "schema": {"type": "object"}}, id="a schema only"),
         pytest.param({"prompt": None, "fragments": ["", "\n"]}, id="blank fragments"),
         pytest.param({"prompt": None, "messages": []}, id="no messages"),

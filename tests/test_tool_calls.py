@@ -1,42 +1,38 @@
-"""The machine that reads tool calls out of an answer: what models write, in every cutting, and what it may cost.
+"""How tool calls are read out of an answer: what models write, in every cutting, and what reading it may cost.
 
-The shapes are those of the issue, and of what vLLM's parsers for the same families (hermes, llama3_json, qwen2_5_coder)
-are tested with. More examples for the properties: LLM_AUTONOMOUS_EXAMPLES=10000 (chosen anew at each run).
+The shapes are those that models were seen to write, and those that vLLM's parsers for the same families (hermes,
+llama3_json, qwen2_5_coder) are tested with. For more examples of the properties, set LLM_AUTONOMOUS_EXAMPLES=10000.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import sys
 import tracemalloc
 from collections.abc import Iterable, Iterator
-from types import FrameType
 from typing import Any, NamedTuple
 
 import llm
 import pytest
-from conftest import new_attempt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback import delta
 
 import llm_autonomous
-from llm_autonomous import MAX_HELD, AutonomousError, ToolCallParser
+from llm_autonomous import MAX_HELD, ToolCallParser
 
 MORE_EXAMPLES = os.environ.get("LLM_AUTONOMOUS_EXAMPLES")
 examples = settings(max_examples=int(MORE_EXAMPLES or 150), derandomize=not MORE_EXAMPLES, deadline=None, database=None)
 
-KIB, MIB = 1024, 1024 * 1024
-NAMES = ("add", "now")
+KIB = 1024
+NAMES = {"add", "now"}
 NOW = ("now", {})
 ADD = ("add", {"a": 1})
-ADD_JSON = '{"name": "add", "arguments": {"a": 1}}'
+END = "the answer ends here"
 NOW_JSON = '{"name": "now", "arguments": {}}'
+ADD_JSON = '{"name": "add", "arguments": {"a": 1}}'
 BOTH_JSON = f"[{ADD_JSON}, {NOW_JSON}]"
+NOW_TAG = f"<tool_call>{NOW_JSON}</tool_call>"
 ADD_TAG = f"<tool_call>\n{ADD_JSON}\n</tool_call>"
-NOW_TAG = '<tool_call>{"name": "now"}</tool_call>'
 INDENTED = "\n".join(json.dumps(json.loads(call), indent=2) for call in (ADD_JSON, NOW_JSON))
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
 TOOL = f'{{"name": "add", "description": "Adds", "parameters": {SCHEMA}}}'
@@ -44,161 +40,134 @@ OPENAI_TOOL = f'{{"type": "function", "function": {TOOL}}}'
 UNDESCRIBED_TOOL = f'{{"name": "add", "parameters": {SCHEMA}}}'
 TOOL_WITHOUT_ARGUMENTS = '{"name": "now", "parameters": {"properties": {}, "type": "object"}}'
 
-Told = list[Any]  # texts, and (name, arguments) for calls
+Parts = list[Any]  # texts, (name, arguments) for calls, and END
 
 
 class Outcome(NamedTuple):
-    told: Told  # texts that follow each other being one
-    error: AutonomousError | None
-    finished: bool
+    """What an answer is read as."""
 
-    @property
-    def everything(self) -> tuple[Told, str, bool]:
-        return self.told, str(self.error), self.finished
+    parts: Parts  # texts that follow each other are joined
+    message: str = ""  # of the error, if there is one
+    correction: str | None = None
 
 
-def read(*pieces: str) -> Outcome:
-    """What an answer that comes in these pieces is read as."""
-    parser = ToolCallParser(set(NAMES))
+def read(*pieces: str, names: Iterable[str] = NAMES) -> Outcome:
+    """What an answer that arrives in these pieces is read as."""
+    parser = ToolCallParser(set(names))
     out = [part for piece in pieces for part in parser.feed([piece])] + parser.feed([], end=True)
-    return Outcome(joined(out), parser.error, parser.finished)
+    parts = joined([part if isinstance(part, str) else (part.name, part.arguments) for part in out])
+    parts += [END] * parser.finished
+    return Outcome(parts, parser.error.message, parser.error.correction) if parser.error else Outcome(parts)
 
 
-def joined(out: Iterable[str | llm.ToolCall]) -> Told:
-    told: Told = []
-    for part in out:
-        if not isinstance(part, str):
-            told.append((part.name, part.arguments))
-        elif told and isinstance(told[-1], str):
-            told[-1] += part
+def joined(parts: Parts) -> Parts:
+    """The same with texts that follow each other as one."""
+    out: Parts = []
+    for part in parts:
+        if out and isinstance(part, str) and isinstance(out[-1], str):
+            out[-1] += part
         elif part:
-            told.append(part)
-    return told
+            out.append(part)
+    return out
 
 
-def without_space(told: Told) -> Told:
-    """The same without white space next to a call, which may be dropped."""
-    trimmed = []
-    for before, part, behind in zip([None, *told], told, [*told[1:], None], strict=False):
-        if isinstance(part, str):
-            part = part.lstrip() if isinstance(before, tuple) else part
-            part = part.rstrip() if isinstance(behind, tuple) else part
-        trimmed.append(part)
+def without_space(parts: Parts) -> Parts:
+    """The same without the white space at the ends of texts, which may be dropped next to a call."""
+    trimmed = [part.strip() if isinstance(part, str) else part for part in parts]
     return [part for part in trimmed if part]
-
-
-def cuttings(text: str) -> Iterator[list[str]]:
-    """One character at a time, and cut at every place."""
-    yield list(text)
-    for place in range(len(text) + 1):
-        yield [text[:place], text[place:]]
 
 
 def in_pieces(text: str, size: int) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)]
 
 
-# What models write
+def cuttings(text: str) -> Iterator[list[str]]:
+    """One character at a time, and cut at every place; a very long text in pieces alone."""
+    if len(text) > 2000:
+        yield in_pieces(text, 1000)
+        return
+    yield in_pieces(text, 1)
+    for place in range(1, len(text)):
+        yield [text[:place], text[place:]]
 
-CALLS = {
+
+# What models write. A row is an answer, and what it is read as.
+
+CALLS: dict[str, tuple[str, Parts]] = {
     # Hermes
     "in lines": (ADD_TAG, [ADD]),
-    "in one line": (f"<tool_call>{ADD_JSON}</tool_call>", [ADD]),
     "without spaces": ('<tool_call>{"name":"add","arguments":{"a":1}}</tool_call>', [ADD]),
-    "arguments first": ('<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', [ADD]),
     "indented": (f"<tool_call>\n{json.dumps(json.loads(ADD_JSON), indent=2)}\n</tool_call>\n", [ADD]),
     "much white space": (f"<tool_call> \n\t\r\n  {ADD_JSON} \n\n </tool_call>  \n", [ADD]),
     "two tags": (f"{ADD_TAG}\n{NOW_TAG}", [ADD, NOW]),
     "two tags with nothing between": (f"{ADD_TAG}{NOW_TAG}", [ADD, NOW]),
-    "the same twice": (ADD_TAG * 2, [ADD, ADD]),
-    "two in one tag": (f'<tool_call>\n{ADD_JSON}\n{{"name": "now"}}\n</tool_call>', [ADD, NOW]),
-    "two in one tag with a semicolon": (f'<tool_call>{ADD_JSON}; {{"name": "now"}}</tool_call>', [ADD, NOW]),
-    "two in one tag with a comma": (f'<tool_call>{ADD_JSON}, {{"name": "now"}}</tool_call>', [ADD, NOW]),
-    "a list": (f'<tool_call>[{ADD_JSON}, {{"name": "now"}}]</tool_call>', [ADD, NOW]),
-    "a list of one": (f"<tool_call>[{ADD_JSON}]</tool_call>", [ADD]),
-    "no closing tag at the end": (f"<tool_call>\n{ADD_JSON}", [ADD]),
-    "no closing tag, but a line break": (f"<tool_call>\n{ADD_JSON}\n", [ADD]),
-    "half a closing tag": (f"<tool_call>{NOW_TAG[11:26]}</tool_call>", [NOW]),
+    "two in one tag": (f"<tool_call>\n{ADD_JSON}\n{NOW_JSON}\n</tool_call>", [ADD, NOW]),
+    "two in one tag with a semicolon": (f"<tool_call>{ADD_JSON}; {NOW_JSON}</tool_call>", [ADD, NOW]),
+    "two in one tag with a comma": (f"<tool_call>{ADD_JSON}, {NOW_JSON}</tool_call>", [ADD, NOW]),
+    "a list": (f"<tool_call>{BOTH_JSON}</tool_call>", [ADD, NOW]),
+    "no closing tag": (f"<tool_call>\n{ADD_JSON}", [ADD]),
     "no closing tag before the next": (f"<tool_call>{ADD_JSON}\n{NOW_TAG}", [ADD, NOW]),
-    "no closing tag at all": (f'<tool_call>{ADD_JSON}<tool_call>{{"name": "now"}}', [ADD, NOW]),
-    "text before": (f"Let me add.\n{ADD_TAG}", ["Let me add.", ADD]),
-    "text behind": (f"{ADD_TAG}\nThat is it.", [ADD, "That is it."]),
-    "text before, between and behind": (f"One: {ADD_TAG} two: {NOW_TAG} three.", ["One:", ADD, "two:", NOW, "three."]),
-    "behind a smaller-than": (f"a <{ADD_TAG}", ["a <", ADD]),
-    "behind half a tag": (f"<tool_{ADD_TAG}", ["<tool_", ADD]),
-    "behind a tag that is text": (f"The tag <tool_call> is: {ADD_TAG}", ["The tag <tool_call> is:", ADD]),
-    "behind a tag that is doubled": (f"<tool_call>\n{NOW_TAG}", [NOW]),
-    "smaller-than behind": (f"{NOW_TAG} < b", [NOW, "< b"]),
-    "tag in prose behind": (f"{NOW_TAG} with <tool_call>.", [NOW, "with <tool_call>."]),
-    "half a tag behind": (f"{NOW_TAG} <tool_", [NOW, "<tool_"]),
-    "in a fence of XML": (f"```xml\n{ADD_TAG}\n```", [ADD]),
-    "behind JSON of a call's keys": (f'{{"id": 7}} then {NOW_TAG}', ['{"id": 7} then', NOW]),
-    "behind a call in bare JSON": (f"{ADD_JSON}\n{NOW_TAG}", [ADD, NOW]),
-    "behind the tools": (f"<tools>\n{TOOL}\n</tools>\n{ADD_TAG}", [f"<tools>\n{TOOL}\n</tools>", ADD]),
-    "behind an answer in JSON": (f'{{"sum": 3}}\n{NOW_TAG}', ['{"sum": 3}', NOW]),
+    "no closing tags": (f"<tool_call>{ADD_JSON}<tool_call>{NOW_JSON}", [ADD, NOW]),
+    "text around": (f"One: {ADD_TAG} two: {NOW_TAG} three.", ["One:", ADD, "two:", NOW, "three."]),
+    "after half a tag": (f"a <<tool_{ADD_TAG}", ["a <<tool_", ADD]),
+    "after a tag that is text": (f"The tag <tool_call> is: {ADD_TAG}", ["The tag <tool_call> is:", ADD]),
+    "in a tag that is doubled": (f"<tool_call>\n{NOW_TAG}", [NOW]),
+    "before tags that are text": (f"{NOW_TAG} with <tool_call>. <tool_", [NOW, "with <tool_call>. <tool_"]),
+    "before a smaller-than": (f"{NOW_TAG} < b", [NOW, "< b"]),
+    "after a call in bare JSON": (f"{ADD_JSON}\n{NOW_TAG}", [ADD, NOW]),
+    "after the tools": (f"<tools>\n{TOOL}\n</tools>\n{ADD_TAG}", [f"<tools>\n{TOOL}\n</tools>", ADD]),
+    "after an answer in JSON": (f'{{"id": 7, "sum": 3}}\n{NOW_TAG}', ['{"id": 7, "sum": 3}', NOW]),
+    "before a call in bare JSON": (f"{NOW_TAG} {ADD_JSON}", [NOW, ADD]),
     # Qwen Coder
     "tools": (f"<tools>\n{ADD_JSON}\n</tools>", [ADD]),
-    "tools in one line": (f"<tools>{ADD_JSON}</tools>", [ADD]),
-    "two tools": (f'<tools>{ADD_JSON}</tools><tools>{{"name": "now", "arguments": {{}}}}</tools>', [ADD, NOW]),
+    "two tools": (f"<tools>{ADD_JSON}</tools><tools>{NOW_JSON}</tools>", [ADD, NOW]),
     "tools among words": (f"Let me add.\n\n<tools>{ADD_JSON}</tools>\n\nDone!", ["Let me add.", ADD, "Done!"]),
-    "tools without an end": (f"<tools>{ADD_JSON}", [ADD]),
     "tools that end as a call": (f"<tools>{ADD_JSON}</tool_call>", [ADD]),
-    "a call that ends as tools": (f"<tool_call>{ADD_JSON}</tools>", [ADD]),
-    "a fence": (f"```json\n{ADD_JSON}\n```", [ADD]),
-    "a fence and a line break": (f"```json\n{ADD_JSON}\n```\n", [ADD]),
+    # Fences
+    "a fence": (f"```json\n{ADD_JSON}\n```\n", [ADD]),
     "a fence without a language": (f"```\n{ADD_JSON}\n```", [ADD]),
     "a fence without an end": (f"```json\n{ADD_JSON}", [ADD]),
-    "a fence of a list": (f'```json\n[{ADD_JSON}, {{"name": "now"}}]\n```', [ADD, NOW]),
-    "a fence of two": (f'```json\n{ADD_JSON}\n{{"name": "now"}}\n```', [ADD, NOW]),
+    "a fence in one line": (f"```json {ADD_JSON} ```", [ADD]),
+    "a fence of a list": (f"```json\n{BOTH_JSON}\n```", [ADD, NOW]),
+    "a fence of two": (f"```json\n{INDENTED}\n```", [ADD, NOW]),
+    "two fences": (f"```json\n{ADD_JSON}\n```\n\n```\n{NOW_JSON}\n```\n", [ADD, NOW]),
+    "a fence and then words": (f"```json\n{ADD_JSON}\n```\nThat adds.", [ADD, "That adds."]),
+    "a fence and an end of the turn": (f"```json\n{ADD_JSON}\n```<|im_end|>", [ADD]),
+    "a fence around the tag": (f"```xml\n{ADD_TAG}\n```", [ADD]),
+    "a fence in the tag": (f"<tool_call>\n```json\n{INDENTED}\n```\n</tool_call>", [ADD, NOW]),
+    "a fence in the tag, without line breaks": (f"<tool_call>```{ADD_JSON}```</tool_call>", [ADD]),
+    "a fence in another tag": (f"<tools>\n```json\n{BOTH_JSON}\n```\n</tools>", [ADD, NOW]),
+    **{f"a fence of {name}": (f"```{name}\n{ADD_JSON}\n```", [ADD]) for name in ("JSON", "tool_call", "python")},
     # Llama
-    "bare": (ADD_JSON, [ADD]),
-    "bare with parameters": ('{"name": "add", "parameters": {"a": 1}}', [ADD]),
-    "bare with white space": (f"\n\n {ADD_JSON}\n ", [ADD]),
+    "bare": (f"\n\n {ADD_JSON}\n ", [ADD]),
+    "bare with parameters first": ('{"parameters": {"a": 1}, "name": "add"}', [ADD]),
     "bare with a type": ('{"type": "function", "name": "add", "parameters": {"a": 1}}', [ADD]),
     "bare with function as the name": ('{"type": "function", "function": "add", "parameters": {"a": 1}}', [ADD]),
-    "bare of OpenAI's shape": ('{"type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1}"}}', [ADD]),
-    "bare with parameters first": ('{"parameters": {"a": 1}, "name": "add"}', [ADD]),
-    "bare with a semicolon": (f'{ADD_JSON}; {{"name": "now", "parameters": {{}}}}', [ADD, NOW]),
-    "bare with a semicolon alone": (f'{ADD_JSON};{{"name": "now", "parameters": {{}}}}', [ADD, NOW]),
-    "bare with a semicolon between spaces": (f'{ADD_JSON} ; {{"name": "now"}} ; {ADD_JSON}', [ADD, NOW, ADD]),
-    "bare with a line break": (f'{ADD_JSON}\n{{"name": "now"}}', [ADD, NOW]),
-    "bare list": (f'[{ADD_JSON}, {{"name": "now"}}]', [ADD, NOW]),
-    "bare nested": (
-        '{"name": "add", "parameters": {"a": {"b": {"c": {"d": [{"e": "deep"}]}}}}}',
-        [("add", {"a": {"b": {"c": {"d": [{"e": "deep"}]}}}})],
-    ),
-    "python tag": (f"<|python_tag|>{ADD_JSON}", [ADD]),
-    "python tag and a line break": (f"<|python_tag|>\n{ADD_JSON}\n", [ADD]),
-    "python tag and two": (f'<|python_tag|>{ADD_JSON}; {{"name": "now"}}', [ADD, NOW]),
-    "python tag and no arguments": ('<|python_tag|>{"name": "now"}', [NOW]),
-    "python tag behind words": (f"Let me add.\n<|python_tag|>{ADD_JSON}<|eom_id|>", ["Let me add.", ADD]),
-    "python tag between words": (f"Let me <|python_tag|>{ADD_JSON} see", ["Let me", ADD, "see"]),
+    "bare with semicolons": (f"{ADD_JSON};{NOW_JSON} ; {ADD_JSON}", [ADD, NOW, ADD]),
+    "bare with a line break": (f"{ADD_JSON}\n{NOW_JSON}", [ADD, NOW]),
+    "bare list": (BOTH_JSON, [ADD, NOW]),
+    "bare nested": ('{"name": "add", "parameters": {"a": {"b": [{"c": {}}]}}}', [("add", {"a": {"b": [{"c": {}}]}})]),
     "bare and then words": (f"{ADD_JSON}\n\nWould you like more?", [ADD, "Would you like more?"]),
-    "bare list and then words": (f"{BOTH_JSON} Done.", [ADD, NOW, "Done."]),
-    "a fence and then words": (f"```json\n{ADD_JSON}\n```\nThat adds.", [ADD, "That adds."]),
-    "bare and then an unknown name": (
-        f'{ADD_JSON}\n{{"name": "subtract", "arguments": {{}}}}',
-        [ADD, ("subtract", {})],
-    ),
+    "bare and then an unknown name": (f'{ADD_JSON}\n{{"name": "subtract"}}', [ADD, ("subtract", {})]),
     "bare and then an answer in a fence": (f'{ADD_JSON}\n```\n{{"a": 1}}\n```', [ADD, '```\n{"a": 1}\n```']),
-    # Tags and fences of other kinds
+    "python tag": (f"<|python_tag|>{ADD_JSON}", [ADD]),
+    "python tag and two": (f"<|python_tag|>\n{ADD_JSON}; {NOW_JSON}\n", [ADD, NOW]),
+    "python tag after words": (f"Let me add.\n<|python_tag|>{ADD_JSON}<|eom_id|>", ["Let me add.", ADD]),
+    "python tag between words": (f"Let me <|python_tag|>{ADD_JSON} see", ["Let me", ADD, "see"]),
+    "a function": ('<function=add>{"a": 1}</function>', [ADD]),
+    "two functions": ('<function=add>{"a": 1}</function>\n<function=now>{}</function>', [ADD, NOW]),
+    "a function among words": ('So: <function=add>{"a": 1}</function> Done.', ["So:", ADD, "Done."]),
+    "a function without an end": ('<function=add>{"a": 1}', [ADD]),
+    "a function and a brace too many": ('<function=add>{"a": 1}}</function>', [ADD]),
+    # OpenAI's shape
+    "OpenAI's shape": ('<tool_call>{"function": {"name": "add", "arguments": {"a": 1}}}</tool_call>', [ADD]),
+    "bare, of OpenAI's shape": (r'{"id": "x", "function": {"name": "add", "arguments": "{\"a\": 1}"}}', [ADD]),
+    # Other tags
     **{
-        f"{what} in {tag}": (f"<{tag}>{space}{json}{space}</{tag}>", told)
+        f"<{tag}>": (f"So: <{tag}>\n{ADD_JSON}\n</{tag}><{tag}>[{NOW_JSON}]</{tag}> Done", ["So:", ADD, NOW, "Done"])
         for tag in ("tool_calls", "function", "function_call", "function-call", "tool", "TOOLCALL", "call")
-        for what, space, json, told in (("one", "\n", ADD_JSON, [ADD]), ("a list", "", BOTH_JSON, [ADD, NOW]))
     },
-    "another tag behind words": (f"So:\n<function_call>{ADD_JSON}</function_call> Done", ["So:", ADD, "Done"]),
-    "another tag and no arguments": ('<function>{"name": "now"}</function>', [NOW]),
     "a tag in a tag": (f"<tool_calls>\n{ADD_TAG}\n</tool_calls>", [ADD]),
-    "a fence in the tag": (f"<tool_call>\n```json\n{ADD_JSON}\n```\n</tool_call>", [ADD]),
-    "a fence in the tag, without line breaks": (f"<tool_call>```{ADD_JSON}```</tool_call>", [ADD]),
-    "a fence of two in the tag": (f"<tool_call>\n```json\n{INDENTED}\n```\n</tool_call>", [ADD, NOW]),
-    "a fence in another tag": (f"<tools>\n```json\n{BOTH_JSON}\n```\n</tools>", [ADD, NOW]),
-    **{f"a fence of {name}": (f"```{name}\n{ADD_JSON}\n```", [ADD]) for name in ("JSON", "tool_call", "xml", "python")},
-    "a fence in one line": (f"```json {ADD_JSON} ```", [ADD]),
-    "two fences": (f"```json\n{ADD_JSON}\n```\n\n```json\n{NOW_JSON}\n```\n", [ADD, NOW]),
-    "two fences without a language": (f"```\n{ADD_JSON}\n```\n```\n{NOW_JSON}\n```", [ADD, NOW]),
-    "a fence of two that are indented": (f"```json\n{INDENTED}\n```", [ADD, NOW]),
     # Ends
     **{
         f"{place} and {end!r}": (f"{start}{end}", [ADD])
@@ -208,687 +177,438 @@ CALLS = {
             *("<|eom_id|>", "<|im_end|>", "<|eot_id|>", "\n</tool_call><|im_end|>", "\n<|im_", "<|"),
         )
     },
-    "a fence and an end of the turn": (f"```json\n{ADD_JSON}\n```<|im_end|>", [ADD]),
     "a lonely closing tag and words": (f"{ADD_JSON}\n</tool_call>\nDone", [ADD, "Done"]),
-    # Brackets too many
-    "a brace too many": (f"<tool_call>{ADD_JSON}}}</tool_call>", [ADD]),
     "a brace too many in two tags": (f"<tool_call>{ADD_JSON}}}</tool_call>\n{NOW_TAG}", [ADD, NOW]),
     "a brace too many before the next": (f"{ADD_JSON}}}\n{NOW_JSON}}}", [ADD, NOW]),
     "a brace too many in a fence": (f"```json\n{ADD_JSON}}}\n```", [ADD]),
-    "bare and a brace too many": (f"{ADD_JSON}}}", [ADD]),
-    "bare, a brace too many, and words": (f"{ADD_JSON}}} Would you?", [ADD, "Would you?"]),
-    "bare list and a bracket too many": (f"{BOTH_JSON}]", [ADD, NOW]),
-    "a list and brackets too many": (f"<tool_call>\n{BOTH_JSON}\n]]\n</tool_call>", [ADD, NOW]),
-    # Llama 3.3's functions
-    "a function": ('<function=add>{"a": 1}</function>', [ADD]),
-    "two functions": ('<function=add>{"a": 1}</function>\n<function=now>{}</function>', [ADD, NOW]),
-    "a function among words": ('So: <function=add>{"a": 1}</function> Done.', ["So:", ADD, "Done."]),
-    "a function without an end": ('<function=add>{"a": 1}', [ADD]),
-    "a function and a brace too many": ('<function=add>{"a": 1}}</function>', [ADD]),
-    # OpenAI's shape in a tag
-    "function": ('<tool_call>{"function": {"name": "add", "arguments": {"a": 1}}}</tool_call>', [ADD]),
-    "function with an id": (
-        '<tool_call>{"id": "x", "type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1}"}}',
-        [ADD],
-    ),
-    # Arguments
-    "arguments as a string": ('<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', [ADD]),
-    "arguments as an empty string": ('<tool_call>{"name": "now", "arguments": ""}</tool_call>', [NOW]),
-    "arguments as a string of none": ('<tool_call>{"name": "now", "arguments": "{}"}</tool_call>', [NOW]),
-    "null": ('<tool_call>{"name": "now", "arguments": null}</tool_call>', [NOW]),
-    "an empty object": ('<tool_call>{"name": "now", "arguments": {}}</tool_call>', [NOW]),
-    "parameters in a tag": ('<tool_call>{"name": "add", "parameters": {"a": 1}}</tool_call>', [ADD]),
+    "a brace too many, and words": (f"{ADD_JSON}}} Would you?", [ADD, "Would you?"]),
+    "brackets too many": (f"<tool_call>\n{BOTH_JSON}\n]]\n</tool_call>", [ADD, NOW]),
+    # Names and arguments
+    "an unknown name in a tag": ('<tool_call>{"name": "größe", "arguments": {}}</tool_call>', [("größe", {})]),
+    **{
+        f"arguments {given}": (f'<tool_call>{{"name": "now", "arguments": {given}}}', [NOW])
+        for given in ("null", '""', '"{}"')
+    },
+    "no arguments": ('<tool_call>{"name": "now"}</tool_call>', [NOW]),
+    "no arguments in another tag": ('<function>{"name": "now"}</function>', [NOW]),
+    "arguments as a string": (r'<tool_call>{"name": "add", "arguments": "{\"a\": 1}"}</tool_call>', [ADD]),
     "null beside parameters": ('{"name": "add", "arguments": null, "parameters": {"a": 1}}', [ADD]),
     "none beside parameters": ('{"name": "add", "arguments": {}, "parameters": {"a": 1}}', [ADD]),
+    "arguments beside no parameters": ('{"name": "add", "arguments": {"a": 1}, "parameters": {}}', [ADD]),
+    **{
+        f"an argument {key}": (f'{{"name": "add", "arguments": {{"{key}": "object"}}}}', [("add", {key: "object"})])
+        for key in ("type", "properties")
+    },
     "a description beside them": ('{"name": "add", "description": "Adds", "arguments": {"a": 1}}', [ADD]),
     "all types": (
-        '<tool_call>{"name": "add", "arguments": {"s": "é", "i": -42, "f": 3.5e2, "b": true, "n": null, "l": [1, []]}}'
-        "</tool_call>",
-        [("add", {"s": "é", "i": -42, "f": 350.0, "b": True, "n": None, "l": [1, []]})],
+        '<tool_call>{"name": "add", "arguments": {"a": ["é", -42, 3.5e2, true, null, {"b": []}]}}</tool_call>',
+        [("add", {"a": ["é", -42, 350.0, True, None, {"b": []}]})],
     ),
-    "raw line breaks": (
-        '<tool_call>{"name": "add", "arguments": {"a": "x\n\ty\r\n"}}</tool_call>',
-        [("add", {"a": "x\n\ty\r\n"})],
-    ),
+    "raw line breaks": ('{"name": "add", "arguments": {"a": "x\n\ty\r\n"}}', [("add", {"a": "x\n\ty\r\n"})]),
     "tags and braces in a string": (
-        '<tool_call>{"name": "add", "arguments": {"a": "</tool_call> }{ <tool_call>{\\"b\\": [ <tools>"}}</tool_call>.',
-        [("add", {"a": '</tool_call> }{ <tool_call>{"b": [ <tools>'}), "."],
+        '<tool_call>{"name": "add", "arguments": {"a": "</tool_call> }{ <tool_call>{ [ <tools> it\'s {"}}</tool_call>.',
+        [("add", {"a": "</tool_call> }{ <tool_call>{ [ <tools> it's {"}), "."],
     ),
     "quotes and backslashes in a string": (
         r'<tool_call>{"name": "add", "arguments": {"a": "He said \"{hi}\"", "b": "C:\\", "c": "\\\""}}</tool_call>',
         [("add", {"a": 'He said "{hi}"', "b": "C:\\", "c": '\\"'})],
     ),
-    "an apostrophe in a string": (
-        '<tool_call>{"name": "add", "arguments": {"a": "it\'s {"}}</tool_call>.',
-        [("add", {"a": "it's {"}), "."],
-    ),
-    # Names
-    "an unknown name in a tag": ('<tool_call>{"name": "subtract", "arguments": {}}</tool_call>', [("subtract", {})]),
-    "a name that is not ASCII": ('<tool_call>{"name": "größe"}</tool_call>', [("größe", {})]),
+    # Calls, and results that the model makes up: the answer ends with the calls
+    "a made-up result after a tag": (f"{ADD_TAG}\n<tool_response>\n3\n</tool_response>\nThat makes 3.", [ADD, END]),
+    "a made-up result with nothing between": (f"{ADD_TAG}{NOW_TAG}<tool_response>3", [ADD, NOW, END]),
+    "a made-up result and no closing tag": (f"<tool_call>{ADD_JSON}\n<tool_response>3</tool_response>", [ADD, END]),
+    "a made-up result after bare JSON": (f"{ADD_JSON}\n<tool_response>\n3\n</tool_response> So, 3.", [ADD, END]),
+    "a made-up result and a further call": (f"{ADD_TAG}<tool_response>3</tool_response>{NOW_TAG}", [ADD, END]),
 }
 
 TEXTS = {
-    "words": "Hello, world.",
     "nothing but white space": " \n\n ",
     "smaller-than": "a < b and c<d, <<, x <",
     "other tags": "Use <toolbox>, <tool>, <Tool_call>, <tool_calls> or </tool>.",
-    "tag in prose": "Write <tool_call> to call, and </tool_call> behind it. Not <tools> nor </tools>.",
-    "tag at the end": "Write <tool_call>",
-    "tag and white space at the end": "Write <tool_call> \n ",
+    "tag in prose": "Write <tool_call> to call, and </tool_call> after it. Not <tools> nor </tools>.",
+    "tag at the end": "Write <tool_call> \n ",
     "tag cut off": "Write <tool_ca",
     "each prefix of a tag": " ".join("<tool_response>"[:n] + "|" + "<tools>"[:n] for n in range(16)),
     "tag in quotes": 'Between "<tool_call>" and "</tool_call>" stands JSON such as {"name": "add"}.',
     "tag and much white space": f"<tool_call>{' ' * 400}{{}}",
     "closing tags": "</tool_call></tools></tool_response>",
-    "made-up result without a call": 'See <tool_response>{"name": "add"}</tool_response> for it.',
-    "JSON": '{"answer": 42}',
+    "a made-up result after words": 'See <tool_response>{"name": "add"}</tool_response> for it.',
+    "a made-up result in JSON": '{"tool_response": {"result": 3}}',
+    # Answers in JSON
     "JSON of a call's keys": '{"name": "Bob", "arguments": {"for": 1, "against": 2}}',
     "JSON of an unknown tool": '{"name": "subtract", "parameters": {"a": 1}}',
-    "JSON that only has a tool's name": '{"name": "add", "description": "adds numbers"}',
     "JSON with a type": '{"type": "object", "properties": {"name": {"type": "string"}}}',
-    "JSON without a name": '{"parameters": {}}',
     "JSON list": '[{"answer": 42}, 1]',
     "JSON list with a call and something else": f'[{ADD_JSON}, {{"answer": 42}}]',
-    "a number": "42",
-    "a string": '"{\\"name\\": \\"add\\"}"',
-    "a call between words": f"I would call {ADD_JSON} to add.",
-    "a call in a line behind words": f"So: {ADD_JSON}",
-    "a list of calls in a line behind words": f"So: {BOTH_JSON}\n",
-    "a call in a line behind words, and a brace too many": f"So: {ADD_JSON}}}",
-    "a call in a line before words": f"So:\n{ADD_JSON} would add.",
-    "a call in other JSON": f'{{"tool_calls": {BOTH_JSON}}}',
-    "a call in a list behind words": f"1. {ADD_JSON}",
-    "a call cut off in a line behind words": f"So: {ADD_JSON[:-1]}",
-    "a call in Python's literals": "{'name': 'add', 'parameters': {'a': 1}}",
-    "a call in Python's words": "[add(a='x', b={}), now()]",
-    "a function in another spelling": '<function=add {"a": 1}</function>',
-    "a made-up result in JSON": '{"tool_response": {"result": 3}}',
-    "a made-up result in JSON that names it": '{"name": "tool_response", "content": "3"}',
-    "a call in code": f"```python\nllm.call('add', a=1)\ncalls = [now(), {ADD_JSON}]\n```",
-    "a call in JSX": f"<App data={{{ADD_JSON}}} />",
-    # The tools themselves
-    "the tool": TOOL,
-    "the tool, undescribed": UNDESCRIBED_TOOL,
-    "the tool, indented": json.dumps(json.loads(TOOL), indent=2),
-    "the tool without arguments": TOOL_WITHOUT_ARGUMENTS,
-    "the tool with a description alone": '{"name": "now", "description": "The time"}',
-    "the tool in OpenAI's shape": OPENAI_TOOL,
-    "the tools": f"{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
-    "the tools in a list": f"[{UNDESCRIBED_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]",
-    "the tools in OpenAI's shape in a list": f"[{OPENAI_TOOL}, {OPENAI_TOOL}]",
-    "the tools in their tag": f"<tools>\n{UNDESCRIBED_TOOL}\n{TOOL_WITHOUT_ARGUMENTS}\n</tools>",
-    "the tool in the tag of a call": f"<tool_call>\n{TOOL}\n</tool_call>",
-    "the tool in another tag": f"<function>{OPENAI_TOOL}</function>",
-    "the tool in a fence": f"```json\n{TOOL}\n```",
-    "the tools in a fence": f"```json\n[{OPENAI_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]\n```",
-    "the tools behind words": f"I can use:\n{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
-    "the tools in a fence among words": f"I can use:\n```json\n{TOOL}\n{UNDESCRIBED_TOOL}\n```\nWhich one?",
-    # Answers
     "names of tools": '[{"name": "add"}, {"name": "now"}]',
-    "the name of a tool": '{"name": "now"}',
     "names of tools in lines": '{"name": "add"}\n{"name": "now"}',
     "names of tools in a fence": '```json\n[{"name": "add"}, {"name": "now"}]\n```',
     "the name of a tool in another tag": '<answer>{"name": "now"}</answer>',
-    "an answer in a tag": '<answer>{"name": "Rome"}</answer>',
     "an answer in a tag in a fence": '```xml\n<answer>\n{"name": "Rome", "arguments": {}}\n</answer>\n```',
+    # Calls that do not stand on their own
+    "a call between words": f"I would call {ADD_JSON} to add.",
+    "a call after words in its line": f"So: {ADD_JSON}",
+    "a call after words in its line, and a brace too many": f"So: {ADD_JSON}}}",
+    "a call cut off after words in its line": f"So: {ADD_JSON[:-1]}",
+    "a call before words in its line": f"So:\n{ADD_JSON} would add.",
+    "a call in a numbered list": f"1. {ADD_JSON}",
+    "a call in other JSON": f'{{"tool_calls": {BOTH_JSON}}}',
+    "a call in code": f"```python\nllm.call('add', a=1)\ncalls = [now(), {ADD_JSON}]\n```",
+    "a call in JSX": f"<App data={{{ADD_JSON}}} />",
+    "Python's words after words": "Write [add(a=1), now()], or add(a=1).",
+    "Python's literals after words": "Write {'name': 'add', 'parameters': {'a': 1}}.",
+    "a function in another spelling after words": 'Write <function=add={"a": 1}</function>.',
+    # The tools themselves
+    "the tool": TOOL,
+    "the tool, indented": json.dumps(json.loads(TOOL), indent=2),
+    "the tool without arguments": TOOL_WITHOUT_ARGUMENTS,
+    "the tool with a description alone": '<tools>{"name": "now", "description": "The time"}</tools>',
+    "the tools": f"{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
+    "the tools in a list": f"[{UNDESCRIBED_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]",
+    "the tools in their tag": f"<tools>\n{UNDESCRIBED_TOOL}\n{TOOL_WITHOUT_ARGUMENTS}\n</tools>",
+    "the tool in the tag of a call": f"<tool_call>\n{TOOL}\n</tool_call>",
+    "the tool in another tag": f"<function>{OPENAI_TOOL}</function>",
+    "the tools in a fence": f"```json\n[{OPENAI_TOOL}, {TOOL_WITHOUT_ARGUMENTS}]\n```",
+    "the tools after words": f"I can use:\n{TOOL}\n{TOOL_WITHOUT_ARGUMENTS}",
+    "the tools in a fence among words": f"I can use:\n```json\n{TOOL}\n{UNDESCRIBED_TOOL}\n```\nWhich one?",
+    # Code and the like
     "HTML": '<!DOCTYPE html>\n<html><body class="add">{"name": "add"} [now()]</body></html>',
     "XML": '<?xml version="1.0"?>\n<tools><tool name="add"/>\n<function>now()</function></tools>',
     "JSX": "<App>{now()}<b>{add({a: 1})}</b></App>",
     "code with calls": "```python\n[now() for _ in range(3)]\nadd(a=1)\n```",
-    "calls without brackets": "add(a=1)",
-    "a function that is not offered": '<function=subtract>{"a": 1}</function>',
-    "a link": "[now](https://example.com) is the time.",
     "code": 'def f():\n    return {"name": "add"}["name"] < "b" and f"{x!r}" or [[]]\n',
-    "indented code": "    if a < b:\n        return {}\n",
     "a fence of Python": '```python\nx = {"name": "add"}\n```\n',
     "a fence of JSON that is an answer": '```json\n{"answer": [1, {"name": "add"}]}\n```',
-    "an empty fence": "```\n```",
     "the start of a fence": "```js",
     "the start of JSON": '{"na',
-    "a brace": "{",
-    "brackets": "[[[[",
+    "brackets": "[[[[{",
+    "a link": "[now](https://example.com) is the time.",
+    "a function that is not offered": '<function=subtract>{"a": 1}</function>',
     "python tag and code": "<|python_tag|>print(1)",
     "half a python tag": "<|pyth",
-    "word that begins as a fence's language": "jsonschema is a package.",
     "quotes": "'a' \"b\" 'c\" \\' \\\"",
-    "line breaks": "\n\na\r\n\r\nb\n",
     "no ASCII": "Привет < 𝄞 {é}\u2028[",
 }
 
-BROKEN = {
-    "a call in a fence between words": (f"So:\n```json\n{ADD_JSON}\n```\nThat would add.", ["So:\n"], "tool call"),
+# What the model is asked about: an answer, the text before, and a word of what it is told.
+ASKED: dict[str, tuple[str, Parts, str]] = {
     "cut off": ('<tool_call>{"name": "add", "arguments": {"a": 1', [], "no valid JSON"),
     "cut off in a string": ('<tool_call>{"name": "add", "arguments": {"a": "x}}</tool_call>', [], "no valid JSON"),
-    "cut off behind its first brace": ("<tool_call>{", [], "no valid JSON"),
+    "cut off after its first brace": ("<tool_call>{", [], "no valid JSON"),
     "cut off in a list": (f"<tool_call>[{ADD_JSON}", [], "no valid JSON"),
-    "text before it": ('Wait.\n<tool_call>{"name"', ["Wait.\n"], "no valid JSON"),
     "cut off in tools": ('<tools>{"name": "no_close",', [], "no valid JSON"),
+    "cut off in a fence": (f"```json\n{ADD_JSON[:-1]}\n```", [], "no valid JSON"),
+    "cut off after a good one": (f'{NOW_TAG}<tool_call>{{"name"', [], "no valid JSON"),
+    "bare and cut off": ('{"name": "add", "param', [], "no valid JSON"),
+    "bare list and cut off": (f"[{ADD_JSON}, {NOW_JSON}", [], "no valid JSON"),
+    "bare and cut off after a good one": (f"{ADD_JSON}\n{NOW_JSON[:-1]}", [], "no valid JSON"),
+    "bare and broken": ('{"name": "add", "parameters": {a: 1}} Done.', [], "no valid JSON"),
+    "text before it": ('Wait.\n<tool_call>{"name"', ["Wait.\n"], "no valid JSON"),
     "no brace at the end": ('<tool_call>{"name": "add", "arguments": {"a": 1}</tool_call>', [], "no valid JSON"),
-    "a brace too many": (f"<tool_call>{{{ADD_JSON}}}</tool_call>", [], "no valid JSON"),
-    "words": ("<tool_call>add(a=1)</tool_call>", [], "JSON"),
-    "bare and cut off": ('{"name": "add", "parameters": {"a": 1}', [], "JSON"),
-    "bare and cut off early": ('{"name": "add", "param', [], "JSON"),
-    "bare and broken": ('{"name": "add", "parameters": {a: 1}}', [], "JSON"),
-    "bare and broken, and words": ('{"name": "add", "parameters": {a: 1}} Done.', [], "JSON"),
-    "bare list without an end": (f"[{ADD_JSON}, {NOW_JSON}", [], "JSON"),
-    "bare with arguments that are none": ('{"name": "add", "parameters": [1]}', [], '"arguments"'),
-    "cut off in a fence": (f"```json\n{ADD_JSON[:-1]}\n```", [], "JSON"),
-    "a broken one behind a good one, both bare": (f"{ADD_JSON}\n{NOW_JSON[:-1]}", [], "JSON"),
+    "a brace before it": (f"<tool_call>{{{ADD_JSON}}}</tool_call>", [], "no valid JSON"),
+    "no value": ('<tool_call>{"name": "add", "arguments": {"a": }}</tool_call>', [], "no valid JSON"),
+    "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "no valid JSON"),
+    "a function without arguments": ("<function=now></function>", [], "no valid JSON"),
+    "a function with broken arguments": ('<function=add>{"a": }</function>', [], "no valid JSON"),
+    "a function with parameters": ("So:\n<function=add>\n<parameter=a>1</parameter>", ["So:\n"], "no valid JSON"),
+    "a function in a tag": ("<tool_call>\n<function=add>\n<parameter=a>1</parameter>", [], "no valid JSON"),
+    # Python, and other spellings of a function
+    "Python's words": ("[add(a='x', b={}), now()]", [], ""),
+    "Python's words in the tag": ("<tool_call>add(a=1)</tool_call>", [], "JSON"),
+    "Python's words and python tag": ('So: <|python_tag|>add.call(a="x")', ["So: "], "JSON"),
+    "Python's words in a function": ("So: <function=add>a=1</function> Done.", ["So: "], "JSON"),
+    "Python's literals": ("{'name': 'add', 'parameters': {'a': 1}}", [], ""),
+    "Python's literals in the tag": ("<tool_call>{'name': 'add', 'arguments': {'a': 1}}</tool_call>", [], "JSON"),
+    "Python's constants": ('<tool_call>{"name": "add", "arguments": {"a": True}}</tool_call>', [], "JSON"),
+    "a function with an equals sign": ('<function=add={"a": 1}</function>', [], ""),
+    "a function with a space": ('<function=add {"a": 1}</function>', [], ""),
+    # Names and arguments
+    "no name": ('<tool_call>{"arguments": {"a": 1}}</tool_call>', [], '"name"'),
+    **{
+        f"the name {name}": (f'<tool_call>{{"name": {name}, "arguments": {{}}}}</tool_call>', [], '"name"')
+        for name in ('""', "7", '["add"]', '"\\u001b[2J"')
+    },
+    "another key for arguments": ('<tool_call>{"name": "add", "args": {"a": 1}}</tool_call>', [], '"arguments"'),
+    **{
+        f"the arguments {given}": (f'<tool_call>{{"name": "add", "arguments": {given}}}</tool_call>', [], '"arguments"')
+        for given in ("[1]", "1", "false", '"hello"', r'"{\"a\": 1} or so"', '"[1]"')
+    },
+    "bare, with arguments that are none": ('{"name": "add", "parameters": [1]}', [], '"arguments"'),
     **{
         f"{number} in {place}": (f'{start}{{"name": "add", "arguments": {{"a": [{number}]}}}}', [], "NaN")
         for number in ("NaN", "Infinity", "-Infinity", "1e999")
         for place, start in (("a tag", "<tool_call>"), ("bare JSON", ""))
     },
-    "NaN in a string": ('{"name": "add", "arguments": "{\\"a\\": NaN}"}', [], "NaN"),
-    "a function without arguments": ("<function=now></function>", [], "JSON"),
-    "a function with broken arguments": ('<function=add>{"a": }</function>', [], "JSON"),
-    "a function in Python's words": ("<function=add>a=1</function>", [], "JSON"),
-    "a function with a set behind words": ("So: <function=add>{1}</function> Done.", ["So: "], "JSON"),
-    "a function behind words": ("So: <function=add>a=1</function> Done.", ["So: "], "JSON"),
-    "a function with parameters": (
-        "So:\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>",
-        ["So:\n"],
-        "JSON",
-    ),
-    "a function with parameters in a tag": (
-        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
-        [],
-        "JSON",
-    ),
-    "python tag and Python's words": ('<|python_tag|>add(a="x")', [], "JSON"),
-    "python tag and a method": ('<|python_tag|>add.call(a="x")', [], "JSON"),
-    "python tag and Python's words behind words": ('So: <|python_tag|>add(a="x")', ["So: "], "JSON"),
-    "no value": ('<tool_call>{"name": "add", "arguments": {"a": }}</tool_call>', [], "no valid JSON"),
-    "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "no valid JSON"),
-    "no JSON at all": ("<tool_call>{add 1}</tool_call>", [], "no valid JSON"),
-    "Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': 1}}</tool_call>", [], "JSON"),
-    "Python's constants": ('<tool_call>{"name": "add", "arguments": {"a": True}}</tool_call>', [], "JSON"),
-    "code in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': f(1)}}</tool_call>", [], "JSON"),
-    "a set in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': {1, 2}}}</tool_call>", [], "JSON"),
-    "bytes in Python's literals": ("<tool_call>{'name': 'add', 'arguments': {'a': b'x'}}</tool_call>", [], "JSON"),
-    "no name": ('<tool_call>{"arguments": {"a": 1}}</tool_call>', [], '"name"'),
-    "an empty object": ("<tool_call>{}</tool_call>", [], '"name"'),
-    "an empty name": ('<tool_call>{"name": "", "arguments": {}}</tool_call>', [], '"name"'),
-    "a name that is a number": ('<tool_call>{"name": 7, "arguments": {}}</tool_call>', [], '"name"'),
-    "a name that is a list": ('<tool_call>{"name": ["add"], "arguments": {}}</tool_call>', [], '"name"'),
-    "a name of control characters": ('<tool_call>{"name": "\\u001b[2J", "arguments": {}}</tool_call>', [], '"name"'),
-    "another key for arguments": ('<tool_call>{"name": "add", "args": {"a": 1}}</tool_call>', [], '"arguments"'),
-    "arguments as a list": ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', [], '"arguments"'),
-    "arguments as a number": ('<tool_call>{"name": "add", "arguments": 1}</tool_call>', [], '"arguments"'),
-    "arguments as false": ('<tool_call>{"name": "add", "arguments": false}</tool_call>', [], '"arguments"'),
-    "arguments as words": ('<tool_call>{"name": "add", "arguments": "hello"}</tool_call>', [], '"arguments"'),
-    "arguments as a string with words behind": (
-        '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1} or so"}</tool_call>',
-        [],
-        '"arguments"',
-    ),
-    "arguments as a string of a list": (
-        '<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>',
-        [],
-        '"arguments"',
-    ),
-    "a list of numbers": ("<tool_call>[1, 2]</tool_call>", [], "JSON object"),
+    "NaN in a string": (r'{"name": "add", "arguments": "{\"a\": NaN}"}', [], "NaN"),
     "a list with a call and a number": (f"<tool_call>[{ADD_JSON}, 2]</tool_call>", [], "JSON object"),
-    "an empty list": ("<tool_call>[]</tool_call>", [], ""),
+    "an empty list": ("<tool_call>[]</tool_call>", [], "JSON object"),
     "nested too deep": (f"<tool_call>{'[' * 100_000}</tool_call>", [], ""),
     "nested too deep and closed": (f"<tool_call>{'[' * 3000}{']' * 3000}</tool_call>", [], ""),
-    "behind a good one": (f'{NOW_TAG}<tool_call>{{"name"', [], "no valid JSON"),
+    # The model is to answer again with all its calls, so none of them comes out
+    "before a good one": (f"Wait. <tool_call>{{}}</tool_call> Hello. {ADD_TAG}", ["Wait. "], '"name"'),
+    "between words": (f"Wait. {NOW_TAG} <tool_call>[1] So.", ["Wait. "], "JSON object"),
+    "before a made-up result": ('Wait. <tool_call>{"name": }</tool_call> <tool_response>', ["Wait. "], "no valid JSON"),
+    # On a line of its own or in a fence after words, it may be a call or an example
+    "after words": (f"I would call\n{ADD_JSON}", ["I would call\n"], "tool call"),
+    "after words, in a list": (f"So:\n{BOTH_JSON}\n", ["So:\n"], "tool call"),
+    "after words, the second of two": (f"So: {ADD_JSON}\n{NOW_JSON}", [f"So: {ADD_JSON}\n"], "tool call"),
+    "between words in lines of their own": (f"So:\n  {ADD_JSON}\nwould add.", ["So:\n  "], "tool call"),
+    "after words, in a fence": (f"Like this:\n```json\n{INDENTED}\n```\n", ["Like this:\n"], "tool call"),
+    "after words, in a fence that ends in its line": (f"So:\n```\n{ADD_JSON}```", ["So:\n"], "tool call"),
+    "after words, in a fence without an end": (f"So:\n```json\n{ADD_JSON}", ["So:\n"], "tool call"),
+    "in a fence between words": (f"So:\n```json\n{ADD_JSON}\n```\nThat would add.", ["So:\n"], "tool call"),
+    "after words, and a brace too many": (f"So:\n{ADD_JSON}}}", ["So:\n"], "tool call"),
+    "after words, and a lonely closing tag": (f"So:\n{ADD_JSON}\n</tool_call>", ["So:\n"], "tool call"),
+    "after words, and an end of the turn": (f"So:\n{ADD_JSON}<|im_end|>", ["So:\n"], "tool call"),
+    "after a call and words": (f"{ADD_JSON}\nAnd then\n{NOW_JSON}", [], "tool call"),
+    # An answer that begins with a made-up result
+    "a made-up result": ("<tool_response>\n3\n</tool_response>\nThat makes 3.", [], "a tool"),
+    "a made-up result without an end": ("\n <tool_response>", ["\n "], "a tool"),
+    "a made-up result before a call": (f"<tool_response>3</tool_response>{ADD_TAG}", [], "a tool"),
+    "a made-up result in a fence": ("```xml\n<tool_response>3</tool_response>\n```", [], "a tool"),
 }
 
+# What Qwen2.5-Coder 1.5B wrote in the runs of real_model.py, after how it is read: as calls of these tools, as text, or
+# as something that the model is asked about.
+REAL = """
+== asked
+To get the profile of the user with ID 31, I will call the get_user tool.
+{"name": "get_user", "arguments": {"user_id": 31}}
+== asked
+To convert 125 euros to dollars, you can use the `convert_currency` tool. Here's how you can call it:
 
-@pytest.mark.parametrize(("text", "told"), CALLS.values(), ids=CALLS)
-def test_call_is_read_in_every_cutting(text: str, told: Told) -> None:
-    """Texts and calls come in order, and the same however the answer is cut."""
+```json
+{
+  "name": "convert_currency",
+  "arguments": {
+    "amount": 125,
+    "from_currency": "eur",
+    "to_currency": "usd"
+  }
+}
+```
+
+This will return the equivalent amount in dollars.
+== asked
+<tool_response>{"weather": "sunny", "temperature": "20°C", "unit": "celsius"}</tool_response>
+== asked
+<tool_response>None</tool_response>
+== text
+```json
+{
+  "tool_response": "Event created successfully."
+}
+```
+== asked
+<tool_response>
+{
+  "get_weather": {
+    "city": "Paris",
+    "unit": "celsius"
+  },
+  "get_weather": {
+    "city": "Rome",
+    "unit": "celsius"
+  }
+}
+</tool_response>
+== asked
+<tool_response>: {"result": "The light in the bedroom has been turned on and the thermostat has been set to 19 \
+degrees."}
+== asked
+<tool_response>{"name": "get_user", "arguments": {"user_id": 123}}
+== asked
+<tool_response>: 125 euros = 111.11 dollars
+== asked
+<tool_response>['src']</tool_response>
+== multiply, add
+{"name": "multiply", "arguments": {"a": 12, "b": 13}}
+{"name": "add", "arguments": {"a": 100, "b": {"name": "multiply", "arguments": {"a": 12, "b": 13}}}}
+== get_weather, get_weather
+{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}}
+{"name": "get_weather", "arguments": {"city": "Rome", "unit": "celsius"}}
+== get_user
+```json
+{
+  "name": "get_user",
+  "arguments": {
+    "user_id": 12345
+  }
+}
+```
+== find_user, send_email
+{"name": "find_user", "arguments": {"name": "Alice Smith"}}
+{"name": "send_email", "arguments": {"to": ["Alice Smith"], "subject": "Invoice", "body": "It is attached.", "cc": \
+null}}
+== text
+{
+  "name": "get_user",
+  "email": "example@example.com"
+}
+== text
+```json
+{
+  "result": "Light in living room turned on at 40%"
+}
+```
+== text
+{"name": "Rex", "age": 3}
+== text
+To find the e-mail address of the user Alice Smith, I will call the `find_user` tool with the arguments {"name": \
+"Alice Smith"}.
+== text
+To convert 250 US dollars to euros, you can use the `convert_currency` tool with the following arguments:
+```json
+{
+  "amount": 250,
+  "from_currency": "USD",
+  "to_currency": "EUR"
+}
+```
+The result will be the amount in euros.
+== text
+1. {"name": "get_weather", "arguments": {"city": "London", "unit": "celsius"}}
+"""
+
+ANSWERS: list[tuple[str, Parts, str | None]]  # the last is None if the model is asked about nothing
+ANSWERS = [*((text, [text], None) for text in TEXTS.values()), *((*row, None) for row in CALLS.values())]
+ANSWERS += ASKED.values()
+REAL_NAMES = {
+    "add",
+    "convert_currency",
+    "create_event",
+    "find_user",
+    "get_user",
+    "get_weather",
+    "multiply",
+    "send_email",
+}
+REAL_ANSWERS = [answer.removesuffix("\n").split("\n", 1) for answer in REAL.split("\n== ")[1:]]
+
+
+@pytest.mark.parametrize(("text", "parts", "problem"), ANSWERS, ids=[*TEXTS, *CALLS, *ASKED])
+def test_answer_is_read_in_every_cutting(text: str, parts: Parts, problem: str | None) -> None:
+    """It is text, or text and calls in order, or the model is asked about it; and the same however it is cut."""
     whole = read(text)
-    assert (without_space(whole.told), whole.error) == (told, None)
+    if problem is None:
+        assert not whole.message
+        assert parts in (whole.parts, without_space(whole.parts))
+    else:
+        assert whole.correction, f"no correction, but {whole}"
+        assert whole.parts == parts
+        assert "it begins: " in whole.message
+        assert "<tool_call>" in whole.correction
+        for words in (whole.message, whole.correction):
+            assert problem in words
+            assert words.isprintable()
     for pieces in cuttings(text):
-        assert read(*pieces).everything == whole.everything
+        assert read(*pieces) == whole
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_text_is_untouched_in_every_cutting(text: str) -> None:
-    """What is no call comes out to the last character, however it is cut."""
+@pytest.mark.parametrize(("kind", "text"), REAL_ANSWERS)
+def test_answer_of_a_real_model_is_read_in_every_cutting(kind: str, text: str) -> None:
+    """Its calls are made, its made-up results and calls after words are put to it, and its JSON is text."""
     for pieces in ([text], *cuttings(text)):
-        assert read(*pieces).everything == ([text], "None", False)
-
-
-@pytest.mark.parametrize(("text", "told", "reason"), BROKEN.values(), ids=BROKEN)
-def test_broken_call_is_an_error_in_every_cutting(text: str, told: Told, reason: str) -> None:
-    """The error says what is wrong and how the call begins, the correction puts the same to the model."""
-    whole = read(text)
-    assert whole.error is not None, f"no error, but {whole.told}"
-    assert whole.error.correction
-    assert whole.told == told
-    assert "it begins: " in whole.error.message
-    assert reason in whole.error.message
-    assert reason in whole.error.correction
-    assert "<tool_call>" in whole.error.correction
-    assert whole.error.message.isprintable()
-    assert whole.error.correction.isprintable()
-    for pieces in cuttings(text) if len(text) < 1000 else [in_pieces(text, 1000)]:
-        assert read(*pieces).everything == whole.everything
-
-
-@pytest.mark.parametrize("broken", ["<tool_call>{}</tool_call>", '<tool_call>{"name": }</tool_call>', "<tool_call>[1]"])
-def test_a_broken_call_takes_all_others_with_it(broken: str) -> None:
-    """The model is to answer again, with all its calls: neither those before nor what stands behind comes out."""
-    for text in (f"Wait. {broken} Hello. {ADD_TAG}", f"Wait. {NOW_TAG} {broken}", f"Wait. {broken} <tool_response>"):
-        outcome = read(text)
-        assert outcome.told == ["Wait. "]
-        assert outcome.error
-
-
-AFTER_WORDS = {
-    "bare": (f"I would call\n{ADD_JSON}", "I would call\n"),
-    "a list": (f"So:\n{BOTH_JSON}\n", "So:\n"),
-    "two": (f"So:\n{ADD_JSON}\n{NOW_JSON}", "So:\n"),
-    "two, the first behind words": (f"So: {ADD_JSON}\n{NOW_JSON}", f"So: {ADD_JSON}\n"),
-    "words in the next line": (f"So:\n  {ADD_JSON}\nwould add.", "So:\n  "),
-    "a fence": (f"Like this:\n```json\n{ADD_JSON}\n```\n", "Like this:\n"),
-    "a fence without a language": (f"Like this:\n```\n{ADD_JSON}```", "Like this:\n"),
-    "a fence without an end": (f"Like this:\n```json\n{ADD_JSON}", "Like this:\n"),
-    "a fence and then words": (f"Like this:\n```json\n{ADD_JSON}\n```\nThat would add.", "Like this:\n"),
-    "a fence of two": (f"Like this:\n```json\n{INDENTED}\n```", "Like this:\n"),
-    "a brace too many": (f"So:\n{ADD_JSON}}}", "So:\n"),
-    "a lonely closing tag": (f"So:\n{ADD_JSON}\n</tool_call>", "So:\n"),
-    "an end of the turn": (f"So:\n{ADD_JSON}<|im_end|>", "So:\n"),
-    "behind a call and words": (f"{ADD_JSON}\nAnd then\n{NOW_JSON}", ""),
-}
-
-
-@pytest.mark.parametrize(("text", "before"), AFTER_WORDS.values(), ids=AFTER_WORDS)
-def test_call_after_words_is_asked_about(text: str, before: str) -> None:
-    """On a line of its own or in a fence it may be a call or an example: the model has to say, and it is not shown."""
-    for pieces in ([text], *cuttings(text)):
-        outcome = read(*pieces)
-        assert outcome.told == ([before] if before else [])
-        assert outcome.error
-        assert outcome.error.correction
-        assert "<tool_call>" in outcome.error.correction
-        assert outcome.error.message.isprintable()
-
-
-RESULTS = {
-    "in lines": "<tool_response>\n3\n</tool_response>",
-    "and words": '<tool_response>{"result": 3}</tool_response>\nThat makes 3.',
-    "behind white space": "\n <tool_response>3</tool_response>",
-    "without an end": "<tool_response>",
-    "before a call": f"<tool_response>3</tool_response>{ADD_TAG}",
-    "in a fence": "```xml\n<tool_response>3</tool_response>\n```",
-}
-
-
-@pytest.mark.parametrize("text", RESULTS.values(), ids=RESULTS)
-def test_made_up_result_that_nothing_precedes_is_asked_about(text: str) -> None:
-    """No tool was called, so it is not shown as if it were the answer."""
-    for pieces in ([text], *cuttings(text)):
-        outcome = read(*pieces)
-        assert "".join(outcome.told).strip() == ""
-        assert outcome.error
-        assert outcome.error.correction
-        assert "made up" in outcome.error.message
+        parts, _, correction = read(*pieces, names=REAL_NAMES)
+        calls = ", ".join(part[0] for part in parts if not isinstance(part, str))
+        assert kind == ("asked" if correction else calls or "text")
+        assert kind != "text" or parts == [text]
 
 
 def test_each_call_has_an_id_of_its_own() -> None:
     """The same call twice is two calls, in one answer as in two."""
-    calls = [call for text in (ADD_TAG * 2, ADD_TAG) for call in ToolCallParser({"add"}).feed([text], end=True)]
+    calls = [call for text in (ADD_TAG * 2, ADD_TAG) for call in ToolCallParser(NAMES).feed([text], end=True)]
     ids = [call.tool_call_id for call in calls if isinstance(call, llm.ToolCall)]
     assert len(set(ids)) == 3
     assert all(isinstance(name, str) and name for name in ids)
 
 
-MADE_UP = {
-    "in lines": (f"{ADD_TAG}\n<tool_response>\n3\n</tool_response>\nThat makes 3.", [ADD]),
-    "with nothing between": (f"{ADD_TAG}<tool_response>3", [ADD]),
-    "without a closing tag": (f"<tool_call>{ADD_JSON}\n<tool_response>3</tool_response>", [ADD]),
-    "behind two": (f"{ADD_TAG}{NOW_TAG}\n<tool_response>3</tool_response>", [ADD, NOW]),
-    "and a further call": (f"{ADD_TAG}<tool_response>3</tool_response>{NOW_TAG}", [ADD]),
-}
+@pytest.mark.parametrize("depth", [100, 101, 900, 970, 990, 1_000, 5_000, 9_990, 100_000])
+@pytest.mark.parametrize("tag", ["<tool_call>", ""], ids=["tagged", "bare"])
+def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
+    """Arguments that are nested too deeply are a broken call, and never an exception: neither where Python cannot read
+    them, nor a little before that, where `llm` could not log them."""
+    nested = '{"a": ' * depth + "1" + "}" * depth
+    parts, message, _ = read(f'{tag}{{"name": "add", "arguments": {nested}}}')
+    assert [part[0] for part in parts] == (["add"] if depth == 100 else [])
+    assert bool(message) == (depth > 100)
 
 
-@pytest.mark.parametrize(("text", "told"), MADE_UP.values(), ids=MADE_UP)
-def test_made_up_result_ends_the_answer(text: str, told: Told) -> None:
-    """What stands behind a result that the model makes up is neither text nor a call."""
-    whole = read(text)
-    assert (without_space(whole.told), whole.error, whole.finished) == (told, None, True)
-    for pieces in cuttings(text):
-        outcome = read(*pieces)
-        assert (without_space(outcome.told), outcome.error, outcome.finished) == (told, None, True)
-
-
-def test_made_up_result_behind_bare_json() -> None:
-    """A bare call is one with a made-up result behind it as well, which is not kept."""
-    text = f"{ADD_JSON}\n<tool_response>\n3\n</tool_response> That makes 3."
-    for pieces in ([text], *cuttings(text)):
-        assert without_space(read(*pieces).told) == [ADD]
-
-
-# What a real model wrote: Qwen2.5-Coder 1.5B, in the runs of tests/real_model.py
-
-REAL_NAMES = (
-    "add",
-    "convert_currency",
-    "create_event",
-    "find_user",
-    "get_time",
-    "get_user",
-    "get_weather",
-    "list_files",
-    "multiply",
-    "send_email",
-)
-REAL: list[tuple[str, str | list[str]]] = [
-    (
-        "To get the profile of the user with ID 31, I will call the get_user tool.\n"
-        '{"name": "get_user", "arguments": {"user_id": 31}}',
-        "asked",
-    ),
-    (
-        "To convert 125 euros to dollars, you can use the `convert_currency` tool. Here's how you c"
-        "an call it:\n"
-        "\n"
-        "```json\n"
-        "{\n"
-        '  "name": "convert_currency",\n'
-        '  "arguments": {\n'
-        '    "amount": 125,\n'
-        '    "from_currency": "eur",\n'
-        '    "to_currency": "usd"\n'
-        "  }\n"
-        "}\n"
-        "```\n"
-        "\n"
-        "This will return the equivalent amount in dollars.",
-        "asked",
-    ),
-    (
-        '<tool_response>{"weather": "sunny", "temperature": "20°C", "unit": "celsius"}</tool_response>',
-        "asked",
-    ),
-    (
-        "<tool_response>None</tool_response>",
-        "asked",
-    ),
-    (
-        '```json\n{\n  "tool_response": "Event created successfully."\n}\n```',
-        "text",
-    ),
-    (
-        "<tool_response>\n"
-        "{\n"
-        '  "get_weather": {\n'
-        '    "city": "Paris",\n'
-        '    "unit": "celsius"\n'
-        "  },\n"
-        '  "get_weather": {\n'
-        '    "city": "Rome",\n'
-        '    "unit": "celsius"\n'
-        "  }\n"
-        "}\n"
-        "</tool_response>",
-        "asked",
-    ),
-    (
-        '<tool_response>: {"result": "The light in the bedroom has been turned on and the thermosta'
-        't has been set to 19 degrees."}',
-        "asked",
-    ),
-    (
-        '<tool_response>{"name": "get_user", "arguments": {"user_id": 123}}',
-        "asked",
-    ),
-    (
-        "<tool_response>: 125 euros = 111.11 dollars",
-        "asked",
-    ),
-    (
-        "<tool_response>['src']</tool_response>",
-        "asked",
-    ),
-    (
-        '{"name": "multiply", "arguments": {"a": 12, "b": 13}}\n'
-        '{"name": "add", "arguments": {"a": 100, "b": {"name": "multiply", "arguments": {"a": 12, "'
-        'b": 13}}}}',
-        ["multiply", "add"],
-    ),
-    (
-        '{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}}\n'
-        '{"name": "get_weather", "arguments": {"city": "Rome", "unit": "celsius"}}',
-        ["get_weather", "get_weather"],
-    ),
-    (
-        '```json\n{\n  "name": "get_user",\n  "arguments": {\n    "user_id": 12345\n  }\n}\n```',
-        ["get_user"],
-    ),
-    (
-        '{"name": "find_user", "arguments": {"name": "Alice Smith"}}\n'
-        '{"name": "send_email", "arguments": {"to": ["Alice Smith"], "subject": "Invoice", "body": '
-        '"It is attached.", "cc": null}}',
-        ["find_user", "send_email"],
-    ),
-    (
-        '{\n  "name": "get_user",\n  "email": "example@example.com"\n}',
-        "text",
-    ),
-    (
-        '```json\n{\n  "result": "Light in living room turned on at 40%"\n}\n```',
-        "text",
-    ),
-    (
-        '{"name": "Rex", "age": 3}',
-        "text",
-    ),
-    (
-        "To find the e-mail address of the user Alice Smith, I will call the `find_user` tool with "
-        'the arguments {"name": "Alice Smith"}.',
-        "text",
-    ),
-    (
-        "To convert 250 US dollars to euros, you can use the `convert_currency` tool with the follo"
-        "wing arguments:\n"
-        "```json\n"
-        "{\n"
-        '  "amount": 250,\n'
-        '  "from_currency": "USD",\n'
-        '  "to_currency": "EUR"\n'
-        "}\n"
-        "```\n"
-        "The result will be the amount in euros.",
-        "text",
-    ),
-    (
-        '1. {"name": "get_weather", "arguments": {"city": "London", "unit": "celsius"}}',
-        "text",
-    ),
-]
-
-
-@pytest.mark.parametrize(("text", "told"), REAL, ids=range(len(REAL)))
-def test_text_of_a_real_model_is_read_in_every_cutting(text: str, told: str | list[str]) -> None:
-    """Its calls are made, its made-up results and calls after words are put to it, and its JSON is text."""
-
-    def outcome(pieces: Iterable[str]) -> str | list[str]:
-        parser = ToolCallParser(REAL_NAMES)
-        out = [part for piece in pieces for part in parser.feed([piece])] + parser.feed([], end=True)
-        calls = [part.name for part in out if isinstance(part, llm.ToolCall)]
-        if parser.error:
-            assert parser.error.correction
-            return "asked"
-        if not calls:
-            assert "".join(out) == text
-        return calls or "text"
-
-    assert outcome([text]) == told
-    for pieces in cuttings(text):
-        assert outcome(pieces) == told
-
-
-# What is held
-
-# What is the beginning of a call, even of one that cannot be read, or of a made-up result.
-WRAPPER = r"(?:\s|```[\w-]*|<\|?[\w-]+\|?>)*"
-MAY_CALL = (
-    rf"<\|?[\w-]*(?:tool|function|call|python_tag)[\w-]*\|?>{WRAPPER}(?:[{{\[]|add|now)"
-    r"|\{\s*\"(?:name|id|type|function|arguments|parameters)\":.*\"(?:add|now)\"(?!\})|\[\s*\{\s*\"name\":\s*\"(?:add|now)"
-    rf"|\A{WRAPPER}<tool_response>|<function=(?:add|now)"
-)
-WORDS = st.lists(
-    st.sampled_from(
-        [
-            *"<>/{}[]ab \n\"'`",
-            *("<tool_call>", "<tools>", "<tool_response>", "<tool", "_call", "</tool_call>", "s>", "<b>", "(a"),
-            *("```", "```json\n", "<|python_tag|>", '{"name": ', '"Bob"', '{"id"', "<function", "<function="),
-        ]
-    ),
-    max_size=12,
-).map("".join)
-
-
-@examples
-@given(WORDS.filter(lambda text: not re.search(MAY_CALL, text, re.DOTALL)))
-def test_little_is_held_of_what_is_no_call(words: str) -> None:
-    """One character at a time, all is out but the last few, which may still begin a call."""
-    text = f"Say: {words}{'word ' * 100}"
-    parser, out = ToolCallParser(set(NAMES)), ""
-    for n, char in enumerate(text, 1):
-        out += "".join(str(piece) for piece in parser.feed([char]))
-        assert text.startswith(out)
-        assert n - len(out) < MAX_HELD
-    assert out == text
-
-
-@pytest.mark.parametrize("text", ["Hello, world.\n\n# One\n- (two); 'three' \"four\" = 5 > 4", "if a < b: </b> 2`"])
-def test_text_in_which_no_call_may_begin_goes_out_at_once(text: str) -> None:
-    """Text with neither a tag nor a fence nor a bracket does not wait for what follows."""
-    parser = ToolCallParser(set(NAMES))
-    for char in text[:-1]:
-        assert parser.feed([char]) == ([char] if char != "<" else []) or char in "b/ "
-    assert joined(parser.feed([], end=True)) in ([], [text[-1]])
-
-
-def test_text_before_a_call_does_not_wait_for_it() -> None:
-    """Only the call is held, from its tag on."""
-    parser = ToolCallParser(set(NAMES))
-    assert parser.feed(["Wait. <tool_call>", ADD_JSON[:-1]]) == ["Wait. "]
-    assert parser.feed(["}"]) == []
-    assert joined(parser.feed([], end=True)) == [ADD]
+@pytest.mark.parametrize("words", ["One ", "a < b ", "and {two} ", "[three] ", "`four` </b> ", "'five': \n\n"])
+def test_words_do_not_wait_for_what_follows(words: str) -> None:
+    """Where no call can begin, text is passed on as it arrives."""
+    parser = ToolCallParser(NAMES)
+    assert parser.feed([f"So, {words}"]) == [f"So, {words}"]
+    assert parser.feed(["Wait. ", NOW_TAG]) == ["Wait. "]
 
 
 # Bounds and cost
 
 
 @pytest.mark.parametrize("start", [f"<tool_call>{ADD_JSON[:-3]}, ", '{"name": "add", "parameters": {"a": "'])
-@pytest.mark.parametrize("block", ["x", "{", "[", '"', "'", "\\", " "])
-def test_call_larger_than_the_bound(start: str, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that never ends is an error at the bound, and no more than that is kept of it."""
-    bound = 128 * KIB
+@pytest.mark.parametrize("again", ["x", "{", '"', "\\", " "])
+def test_call_larger_than_the_bound(start: str, again: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that never ends is an error at the bound, and not much more than that is kept of it."""
+    bound, block = 128 * KIB, again * KIB
     monkeypatch.setattr(llm_autonomous, "MAX_EVENT_BYTES", bound)
-    reply = new_attempt(tools=[llm.Tool(name) for name in NAMES])
-    event = f"data: {json.dumps(delta(block * KIB))}\n\n".encode()
+    parser = ToolCallParser(NAMES)
     tracemalloc.start()
     try:
-        out = reply.feed(f"data: {json.dumps(delta(start))}\n\n".encode())
-        for _ in range(5 * bound // KIB):
-            out += reply.feed(event)
-        held, peak = tracemalloc.get_traced_memory()
+        out = parser.feed([start]) + [part for _ in range(5 * bound // KIB) for part in parser.feed([block])]
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert "a tool call larger than" in str(reply.error)
-    assert reply.error
-    assert reply.error.correction is None  # it would have to be sent again
     assert out == []
-    assert held < 3 * bound
+    assert parser.error
+    assert "a tool call larger than" in parser.error.message
+    assert parser.error.correction is None  # it would have to be sent again
     assert peak < 4 * bound
 
 
 def test_bound_is_for_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text before a call may have any length."""
     monkeypatch.setattr(llm_autonomous, "MAX_EVENT_BYTES", KIB)
-    outcome = read(*in_pieces("y" * 9 * KIB + ADD_TAG, 100))
-    assert (outcome.told, outcome.error) == (["y" * 9 * KIB, ADD], None)
+    assert read(*in_pieces("y" * 9 * KIB + ADD_TAG, 100)) == Outcome(["y" * 9 * KIB, ADD])
 
 
-ENDLESS: dict[str, tuple[str, str]] = {  # what comes first, and what again and again
+ENDLESS = {  # what comes first, and what again and again
     "<": ("", "<"),
-    "< behind text": ("Text ", "<"),
     "{": ("", "{"),
     "[": ("", "["),
     "white space": ("", " "),
     "fences": ("", "```"),
-    "tag": ("", "<tool_call>"),
-    "response tag": ("", "<tool_response>"),
+    "tags": ("", "<tool_call>"),
+    "tags of a result": ("", "<tool_response>"),
     "half a tag": ("Text ", "<tool_"),
-    "tag and white space": ("", "<tool_call>   "),
-    "white space behind a tag": ("<tool_call>", " "),
     "words": ("", "word "),
-    "long string": ('<tool_call>{"a": "', "x"),
     "long string with escapes": ('<tool_call>{"a": "', '\\"'),
-    "long string with braces and words": ('<tool_call>{"a": "', "} word "),
     "braces in a tag": ("<tool_call>", "{"),
-    "closed braces in a tag": ('<tool_call>{"a": [', "{},"),
     "strings in a tag": ("<tool_call>{", '"a",'),
     "quotes in a tag": ("<tool_call>{", "'\""),
     "calls": ("", NOW_TAG),
     "calls in one tag": ("<tool_call>", '{"name": "now"}\n'),
-    "white space behind a call": (NOW_TAG, " "),
-    "< behind a call": (NOW_TAG, "<"),
-    "; behind a call": (NOW_TAG[:26], ";"),
-    "words behind a call": (NOW_TAG, "word "),
-    "bare string": ('{"name": "add", "parameters": {"a": "', "x"),
+    "white space after a call": (NOW_TAG, " "),
+    "< after a call": (NOW_TAG, "<"),
+    "; after a call": (NOW_TAG[:-12], ";"),
+    "words after a call": (NOW_TAG, "word "),
     "bare string with braces and words": ('{"name": "add", "parameters": {"a": "', "} word "),
-    "bare calls": ("", '{"name": "now"}\n'),
+    "bare calls": ("", f"{NOW_JSON}\n"),
     "bare and open quotes": ('{"name": "add", x"', '\\"'),
-    "bare and open apostrophes": ('{"name": "add", x"', "'"),
-    "bare brackets": ('{"name": "add", "parameters": ', "["),
-    "bare and then words": ('{"name": "add"} ', "word "),
-    "bare and then smaller-than": ('{"name": "add"} ', "<"),
+    "bare and brackets": ('{"name": "add", "parameters": ', "["),
+    "bare and then words": (f"{NOW_JSON} ", "word "),
     "made-up result": (f"{NOW_TAG}<tool_response>", "<tool_call>{"),
     "made-up results in an argument": ('<tool_call>{"name": "add", "arguments": {"a": "', "<tool_response>"),
     "brackets in lines": ("Say:\n", '{"name":\n["add",\n'),
     "brackets in a line": ("Say: ", '{"name": "add", '),
-    "calls behind words": ("Say: ", f"{ADD_JSON} "),
+    "calls after words": ("Say: ", f"{ADD_JSON} "),
 }
-
-
-def work(pieces: list[str]) -> int:
-    """Calls made to read ``pieces``, characters in the strings that they read, and bytes taken for it."""
-
-    def profile(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal total
-        if event == "c_call":
-            owner = getattr(arg, "__self__", None)
-            reads = isinstance(owner, str) and arg.__name__ not in ("startswith", "endswith")
-            total += 1 + (len(owner) if reads else 0)
-        elif event == "call":
-            total += 1
-
-    total, parser = 0, ToolCallParser(set(NAMES))
-    tracemalloc.start()
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        for piece in [*pieces, None]:
-            tracemalloc.reset_peak()
-            held, _ = tracemalloc.get_traced_memory()
-            parser.feed([] if piece is None else [piece], end=piece is None)
-            total += tracemalloc.get_traced_memory()[1] - held
-    finally:
-        sys.setprofile(before)
-        tracemalloc.stop()
-    return total
 
 
 @pytest.mark.parametrize(("start", "again"), ENDLESS.values(), ids=ENDLESS)
 def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
-    """Four times as much of anything, in pieces of 1 KB, is at most 4.8 times the work, and 1 MB of it is read."""
-
-    def pieces(size: int) -> list[str]:
-        return in_pieces(start + again * (size // len(again)), KIB)
-
-    small, large = work(pieces(16 * KIB)), work(pieces(64 * KIB))
-    assert large <= 4.8 * small + 64 * KIB
-    parser = ToolCallParser(set(NAMES))
-    for piece in pieces(MIB):
+    """Half a megabyte of anything, in pieces of a few characters, is read in moments."""
+    parser = ToolCallParser(NAMES)
+    for piece in in_pieces(start + again * (512 * KIB // len(again)), 16):
         parser.feed([piece])
     parser.feed([], end=True)
 
@@ -897,27 +617,23 @@ def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
 
 RICH = [
     *"<>{}[]\"'`\\/:,; \n\ta1é𝄞",
-    *("<tool_call", "<tool_call>", "tool_call>", "</tool_call>", "<tools>", "</tools>", "<tool_", "<tool_response"),
-    *("```", "```json\n", "<|python_tag|>", "<|", "<|im_end|>", "<b>", "</b>", "<answer>", "<function>", "<function="),
-    *(
-        '"name"',
-        '{"name": ',
-        '{"type": ',
-        "{'name'",
-        '{"name": "now"}',
-        '{"name": "Bob"}',
-        '{"a": 1}',
-        "[{",
-        "}]",
-        "}}",
-    ),
-    *(TOOL, OPENAI_TOOL, "[now", "now(", "\n\n", "  ", "\\n", "if a < b: ", "json", "\u2028"),
+    *("<tool_call", "tool_call>", "</tool_call>", "</tools>", "<tool_", "<tool_response", "<function>", "<function="),
+    *("```", "```json\n", "<|", "<|im_end|>", "<|python_", "<b>", "</b>", "<answer>", "json", "if a < b: ", "\u2028"),
+    *('"name"', '{"name": ', '{"type": ', "{'name'", '{"name": "Bob"}', '{"a": 1}', "[{", "}]", "}}", "\n\n", "\\n"),
 ]
-NO_CALLS = (
-    st.lists(st.sampled_from(RICH) | st.text(max_size=4), max_size=14)
-    .map("".join)
-    .filter(lambda text: not re.search(MAY_CALL, text, re.DOTALL))
-)
+TAGS = ["<tool_call>", "<tools>", "<|python_tag|>"]
+NAMING = [ADD_JSON, NOW_JSON, NOW_TAG, BOTH_JSON, ADD_JSON[:-1], TOOL, OPENAI_TOOL, '{"name": "now"}']
+ODD = ["<tool_call>{", "<tools>[", '{"name": "add", "x": ', '<function=add>{"a": 1}</function>', "<function=now>"]
+ODD += ["[add(a=1)]", "[now", "now(", "<tool_response>", '{"tool_response": 1}', "NaN"]
+
+
+def texts_of(words: list[str], max_size: int = 14) -> st.SearchStrategy[str]:
+    return st.lists(st.sampled_from(words) | st.text(max_size=4), max_size=max_size).map("".join)
+
+
+# A call has a tag of ours and a bracket, or it names a tool.
+NO_CALLS = texts_of(RICH).filter(lambda text: not any(tag in text for tag in (*TAGS, "<tool_response>")))
+NO_CALLS |= texts_of([*TAGS, *(words for words in RICH if not set(words) & set("[{"))]).map("So {}".format)
 
 
 @st.composite
@@ -930,14 +646,19 @@ def cut(draw: st.DrawFn, text: str) -> list[str]:
 
 
 @examples
-@given(NO_CALLS.flatmap(lambda text: st.tuples(st.just(text), cut(text))))
-def test_any_text_without_a_call_is_untouched(example: tuple[str, list[str]]) -> None:
-    """Whatever it is rich in, text comes out as it is, for any cutting."""
-    text, pieces = example
-    assert read(*pieces).everything == ([text] if text else [], "None", False)
+@given(NO_CALLS, st.data())
+def test_any_text_without_a_call_is_untouched_and_does_not_wait(text: str, data: st.DataObject) -> None:
+    """Whatever it is rich in, text comes out as it is, for any cutting, and little of it is held before the end."""
+    text += " and so on" * 40
+    parser, out, arrived = ToolCallParser(NAMES), "", 0
+    for piece in data.draw(cut(text)):
+        out, arrived = out + "".join(parser.feed([piece])), arrived + len(piece)
+        assert arrived - len(out) < MAX_HELD
+    assert out + "".join(parser.feed([], end=True)) == text
+    assert (parser.error, parser.finished) == (None, False)
 
 
-STRINGS = st.text(max_size=8) | st.lists(st.sampled_from(RICH), max_size=4).map("".join)
+STRINGS = st.text(max_size=8) | texts_of([*RICH, *TAGS, *NAMING], max_size=4)
 ARGUMENTS = st.dictionaries(
     STRINGS,
     st.recursive(
@@ -949,111 +670,37 @@ ARGUMENTS = st.dictionaries(
 )
 
 
-def as_it_is(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 @st.composite
-def call_texts(draw: st.DrawFn) -> tuple[str, tuple[str, dict[str, Any]]]:
+def tagged_calls(draw: st.DrawFn) -> tuple[str, Parts]:
     """A call in one of its forms in tags, and what it says."""
     name, arguments = draw(st.sampled_from(["add", "now", "unknown"])), draw(ARGUMENTS)
-    style = draw(st.sampled_from([json.dumps, as_it_is, lambda value: json.dumps(value, indent=1)]))
     call: dict[str, Any] = {"name": name, draw(st.sampled_from(["arguments", "parameters"])): arguments}
-    shape = draw(st.sampled_from(["call", "call", "list", "function"]))
-    value = {"call": call, "list": [call], "function": {"type": "function", "function": call}}[shape]
+    value = draw(st.sampled_from([call, [call], {"type": "function", "function": call}]))
+    written = json.dumps(value, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
     tag, space = draw(st.sampled_from(["tool_call", "tools"])), draw(st.sampled_from(["", "\n", " \n "]))
-    return f"<{tag}>{space}{style(value)}{space}</{tag}>", (name, arguments)
+    return f"<{tag}>{space}{written}{space}</{tag}>", [(name, arguments)]
 
 
-# What is no text next to a call: its wrapping, and a result that the model makes up.
-AT_A_CALL = r"\A[\s;,]*(</|<\||[}\]])|(<\|?[\w-]+\|?>|```[\w-]*)\s*\Z|<tool_response"
-
-
-@st.composite
-def mixtures(draw: st.DrawFn) -> tuple[str, list[str], Told]:
-    """An answer of texts and calls in any order, the same in pieces, and what it says."""
-    text, told = "", []
-    for _ in range(draw(st.integers(1, 5))):
-        if not (told and isinstance(told[-1], str)) and draw(st.booleans()):
-            words = draw(NO_CALLS.filter(lambda text: not re.search(AT_A_CALL, text)))
-            text, told = text + words, [*told, words]
-        else:
-            call, said = draw(call_texts())
-            text, told = text + call, [*told, said]
-    return text, draw(cut(text)), told
-
-
-def merged(told: Told) -> Told:
-    parts: Told = []
-    for part in told:
-        if isinstance(part, str) and parts and isinstance(parts[-1], str):
-            parts[-1] += part
-        elif part:
-            parts.append(part)
-    return parts
+WORDS = NO_CALLS.map("Say {} so.".format).map(lambda text: (text, [text]))
 
 
 @examples
-@given(mixtures())
-def test_any_mixture_of_text_and_calls_comes_in_order(mixture: tuple[str, list[str], Told]) -> None:
+@given(st.lists(WORDS | tagged_calls(), min_size=1, max_size=5), st.data())
+def test_any_mixture_of_text_and_calls_comes_in_order(mixture: list[tuple[str, Parts]], data: st.DataObject) -> None:
     """Texts and calls come as they were written, but for white space next to a call."""
-    text, pieces, told = mixture
-    outcome = read(*pieces)
-    assert outcome.error is None
-    assert without_space(outcome.told) == without_space(merged(told))
-    assert outcome.everything == read(text).everything
-
-
-ODD = [
-    *(
-        ADD_JSON,
-        ADD_JSON,
-        NOW_TAG,
-        NOW_JSON,
-        BOTH_JSON,
-        ADD_JSON[:-1],
-        "<tool_call>{",
-        "<tools>[",
-        '{"name": "add", "x": ',
-    ),
-    *(
-        '<function=add>{"a": 1}</function>',
-        "<function=now>",
-        "[add(a=1)]",
-        "<tool_response>",
-        '{"tool_response": 1}',
-        "NaN",
-    ),
-]
+    text = "".join(written for written, _ in mixture)
+    outcome = read(*data.draw(cut(text)))
+    assert not outcome.message
+    assert without_space(outcome.parts) == without_space(joined([part for _, parts in mixture for part in parts]))
+    assert outcome == read(text)
 
 
 @examples
-@given(
-    st.lists(st.sampled_from([*RICH, *ODD]), max_size=9).map("".join),
-    st.data(),
-)
+@given(texts_of([*RICH, *TAGS, *NAMING, *ODD], max_size=9), st.data())
 def test_any_cutting_of_anything_gives_the_same(text: str, data: st.DataObject) -> None:
     """Also what is broken is read alike, and ends in text, calls, or one error that can be put to the model."""
     outcome = read(*data.draw(cut(text)))
-    assert outcome.everything == read(text).everything
-    if outcome.error:
-        assert outcome.error.correction
-        assert outcome.error.message.isprintable()
-    else:
-        assert outcome.told or not text.strip()
-
-
-@pytest.mark.parametrize("depth", [100, 101, 900, 970, 990, 1_000, 5_000, 9_990, 100_000])
-@pytest.mark.parametrize("tag", ["<tool_call>", ""], ids=["tagged", "bare"])
-def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
-    """Arguments that are nested too deeply are a broken call, and never an exception: neither where Python cannot read
-    them, nor a little before that, where `llm` could not log them."""
-    nested = '{"a": ' * depth + "1" + "}" * depth
-    parser = ToolCallParser(set(NAMES))
-    text = f'{tag}{{"name": "add", "arguments": {nested}}}'
-    out = parser.feed([text]) + parser.feed([], end=True)
-    if depth == 100:
-        assert [piece.name for piece in out] == ["add"]
-    else:
-        assert out == []
-        assert parser.error
+    assert outcome == read(text)
+    assert bool(outcome.message) == bool(outcome.correction)
+    assert outcome.message.isprintable()
+    assert outcome.parts or outcome.message or not text.strip()

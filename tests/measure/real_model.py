@@ -1,8 +1,8 @@
-"""How well a real model calls tools and fills in schemas through the plugin: the tasks of tests/tasks.py, counted.
+"""How well a real model calls tools and fills in schemas through the plugin: the tasks of tasks.py, counted.
 
-    python tests/real_model.py --to http://127.0.0.1:18080/v1 --results plugin.jsonl
-    python tests/real_model.py --to http://127.0.0.1:18080/v1 --results native.jsonl --baseline
-    python tests/real_model.py --table plugin.jsonl native.jsonl
+    python tests/measure/real_model.py --to http://127.0.0.1:18080/v1 --results plugin.jsonl
+    python tests/measure/real_model.py --to http://127.0.0.1:18080/v1 --results native.jsonl --baseline
+    python tests/measure/real_model.py --table plugin.jsonl native.jsonl
 
 Each task is a whole chain through `llm`, streamed: the prompt, the calls, their results, and the final answer. Every
 task adds a line of JSON to the results, so a run that was stopped goes on where it was. It is not part of CI.
@@ -30,11 +30,13 @@ from typing import Any
 import jsonschema
 import llm
 import openai
-from bridge import LEFT, Bridge, Exchange
 from llm.default_plugins.openai_models import Chat
 from tasks import SETS, Call, Task, arguments_match
 
 import llm_autonomous
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bridge import LEFT, Bridge, Exchange
 
 CHAIN_LIMIT = 8  # replies to one prompt. No task needs more than four.
 TIMEOUT = 3600.0  # seconds. A slow machine changes no outcome.
@@ -259,7 +261,7 @@ def fingerprint(options: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Run the tasks of tests/tasks.py on a real model, and count.")
+    parser = argparse.ArgumentParser(description="Run the tasks of tests/measure/tasks.py on a real model, and count.")
     parser.add_argument("--to", metavar="URL", help="an OpenAI-compatible server, such as http://127.0.0.1:18080/v1")
     parser.add_argument("--model", default="qwen", help="the name of the model at that server")
     parser.add_argument("--results", type=Path, metavar="FILE", help="where each outcome goes, as a line of JSON")

@@ -1,8 +1,8 @@
 """The speed of the plugin, side by side with others at the same work: ``pip install -e '.[benchmark]'``, and then
 
-    python tests/benchmark.py            one table in Markdown, in about five minutes
-    python tests/benchmark.py --quick    the same with few rounds, for development: its figures are rough
-    python tests/benchmark.py --readme   writes the rows that matter to a user into tests/README.md as well
+    python tests/measure/benchmark.py            one table in Markdown, in about five minutes
+    python tests/measure/benchmark.py --quick    the same with few rounds, for development: its figures are rough
+    python tests/measure/benchmark.py --readme   writes the rows that matter to a user into tests/README.md as well
 
 All clients read the same replies, made beforehand, from a loopback server in a process of its own. The competitors
 take turns within each round, and a ratio is the median of the rounds' ratios, since machines change their speed from
@@ -32,6 +32,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).parents[1]))
+from loopback import DONE, delta, event
+
 EVENTS = 20_000
 TURNS = 10
 PAUSE = 0.01  # seconds between the chunks of the reply that pauses
@@ -40,7 +43,7 @@ THINKING = 0.5  # seconds that the server takes for each of them
 PROXY_BUFFER = 8 * 1024  # bytes of events in one HTTP chunk, where they are not sent one by one
 WORD = "word "
 
-PAGE = Path(__file__).with_name("README.md")
+PAGE = Path(__file__).parents[1] / "README.md"
 SPEED_TABLE = re.compile(r"(?<=<!-- speed -->\n).*(?=<!-- end of speed -->)", re.DOTALL)
 # The rows for that page: words of the figure, and the start of what a user would pick instead.
 SPEED_ROWS = (
@@ -55,23 +58,13 @@ SPEED_ROWS = (
 # The server: `GET /<scenario>/...`, in a process of its own
 
 
-def event(chunk: object) -> bytes:
-    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
-
-
-def delta(content: str | None, finish_reason: str | None = None) -> dict[str, Any]:
-    choice = {"index": 0, "delta": {"content": content} if content else {}, "finish_reason": finish_reason}
-    head = {"id": "chatcmpl-benchmark", "object": "chat.completion.chunk", "created": 1738368000, "model": "benchmark"}
-    return {**head, "choices": [choice]}
-
-
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @functools.cache
 def reply(events: int, coalesced: bool) -> list[bytes]:
     """The body of ``events`` words, in HTTP chunks: each event in its own, or as many as fill a proxy's buffer."""
-    pieces = [event(delta(WORD))] * events + [event(delta(None, "stop")), b"data: [DONE]\n\n"]
+    pieces = [event(delta(WORD, model="benchmark"))] * events + [event(delta(None, "stop", model="benchmark")), DONE]
     if coalesced:
         body = b"".join(pieces)
         pieces = [body[start : start + PROXY_BUFFER] for start in range(0, len(body), PROXY_BUFFER)]

@@ -1,4 +1,4 @@
-"""Tasks for a real model: what is asked, the tools or the schema, and what must come of it. See tests/real_model.py.
+"""Tasks for a real model: what is asked, the tools or the schema, and what must come of it. See real_model.py.
 
 `OPEN` are the tasks with which the words that the plugin sends to the model are chosen. `OWN` are others of the same
 kinds, to see whether words that fit the first also fit what they were not chosen for.
