@@ -369,13 +369,13 @@ def image_url(attachment: llm.Attachment, image_types: frozenset[str], new: bool
     """
     if not image_types:
         return None
+    link = None if attachment.content else attachment.url
     try:
-        is_link = attachment.url and not attachment.content
-        kind = attachment.type if is_link else attachment.resolve_type()
+        kind = attachment.type if link else attachment.resolve_type()
         kind = kind and OTHER_IMAGE_NAMES.get(kind.partition(";")[0].strip().lower(), kind)
-        if is_link:
-            return attachment.url if kind in (None, *image_types) else None
-        return f"data:{kind};base64,{attachment.base64_content()}" if kind in image_types else None
+        if kind in image_types or (link and not kind):
+            return link or f"data:{kind};base64,{attachment.base64_content()}"
+        return None
     except (OSError, TypeError, ValueError) as error:
         if new:
             path, reason = attachment.path or "", reason_of(error)
@@ -1266,12 +1266,8 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
     retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
     if retry_after is not None:
         message += f"; it asks to wait {retry_after:.0f} s"
-    return AutonomousError(
-        message,
-        retryable=reply.status_code in RETRY_STATUSES,
-        retry_after=retry_after,
-        outage=page or reply.status_code >= 500,
-    )
+    retryable, outage = reply.status_code in RETRY_STATUSES, page or reply.status_code >= 500
+    return AutonomousError(message, retryable=retryable, retry_after=retry_after, outage=outage)
 
 
 def parse_retry_after(value: str) -> float | None:
@@ -1426,12 +1422,6 @@ class Exchange:
             logger.info("%s; %s", told, step)
             attempt = kind(self, number + 1, wait, corrected)
 
-    def report_call(self, call: llm.ToolCall) -> list[StreamEvent]:
-        """Tell `llm` to call a tool; the events keep the call in its place among the text."""
-        self.response.add_tool_call(call)
-        events = (("tool_call_name", call.name), ("tool_call_args", json.dumps(call.arguments)))
-        return [StreamEvent(type=kind, chunk=chunk, tool_call_id=call.tool_call_id) for kind, chunk in events]
-
     def _report(self, attempt: Attempt) -> None:
         """Pass on the metadata to `llm`, and warn the user if the answer may be cut short."""
         completion, envelope = attempt.completion, attempt.completion.envelope
@@ -1441,7 +1431,8 @@ class Exchange:
         answers = [attempt.corrected, attempt] if attempt.corrected else [attempt]
         if usage := add_up(*(answer.completion.envelope.get("usage") for answer in answers)):
             details = {key: value for key, value in usage.items() if key.endswith("_details")}
-            sent, received = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            counts = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
+            sent, received = (int(count) if isinstance(count, (int, float)) else None for count in counts)
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         if completion.not_understood is not None:
             excerpt = quoted(as_json(completion.not_understood))
@@ -1488,9 +1479,7 @@ class Attempt:
     `error` after everything before it has been returned.
     """
 
-    def __init__(
-        self, exchange: Exchange, number: int = 1, wait: float = 0.0, corrected: Attempt | None = None
-    ) -> None:
+    def __init__(self, exchange: Exchange, number: int = 1, wait: float = 0, corrected: Attempt | None = None) -> None:
         self.exchange = exchange
         self.number = number  # from 1
         self.wait = wait  # seconds to wait before sending it
@@ -1648,7 +1637,13 @@ class Attempt:
                 pieces.insert(0, "\n")
         out: list[str | StreamEvent] = []
         for piece in pieces:
-            out += self.exchange.report_call(piece) if isinstance(piece, llm.ToolCall) else [piece]
+            if isinstance(piece, llm.ToolCall):
+                # The events keep the call in its place among the text.
+                self.exchange.response.add_tool_call(piece)
+                for kind, chunk in (("tool_call_name", piece.name), ("tool_call_args", json.dumps(piece.arguments))):
+                    out.append(StreamEvent(type=kind, chunk=chunk, tool_call_id=piece.tool_call_id))
+            else:
+                out.append(piece)
         return out
 
 
@@ -1694,9 +1689,7 @@ def lock() -> threading.RLock:
     return _locks.setdefault(os.getpid(), threading.RLock())
 
 
-def find_client(
-    kind: Callable[..., Any], proxy: str, loop: asyncio.AbstractEventLoop | None = None
-) -> tuple[Client, list[Client]]:
+def find_client(kind: Callable[..., Any], proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
     """A client with room for another prompt, made if there is none, and those no longer worth keeping, to be closed.
 
     One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
@@ -1908,11 +1901,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
     """A model of the service, as `llm.get_async_model` gives it."""
 
     async def execute(
-        self,
-        prompt: llm.Prompt,
-        stream: bool,
-        response: llm.AsyncResponse,
-        conversation: llm.AsyncConversation | None,
+        self, prompt: llm.Prompt, stream: bool, response: llm.AsyncResponse, conversation: llm.AsyncConversation | None
     ) -> AsyncGenerator[str | StreamEvent, None]:
         import asyncio
 
