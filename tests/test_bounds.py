@@ -173,9 +173,9 @@ def test_compressed_bombs(server: Loopback) -> None:
 
 def test_timeout_does_not_bound_the_whole_reply(ask: Ask, server: Loopback) -> None:
     """A slow answer may take longer than the timeout, as long as something keeps coming."""
-    words = [event(delta(str(number))) for number in range(6)]
-    server.answer = say([*words, WHOLE], pause=0.2)  # which takes 1.2 s before the last piece
-    assert ask(timeout=1).text == "012345whole"
+    words = [event(delta(str(number))) for number in range(9)]
+    server.answer = say([*words, WHOLE], pause=0.25)  # which takes 2.25 s before the last piece
+    assert ask(timeout=2).text == "012345678whole"
 
 
 @pytest.mark.parametrize(("timeout", "silence", "connect"), [(None, 120, 10), (3, 3, 3), (3600, 3600, 10)])

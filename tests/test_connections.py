@@ -64,7 +64,7 @@ async def in_one_piece(request: Request, connection: Connection) -> None:
 
 
 async def slow(request: Request, connection: Connection) -> None:
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(1.3)
     await speak()(request, connection)
 
 
@@ -98,9 +98,9 @@ def test_turns_use_one_connection(
 
 @both
 def test_a_reply_has_its_own_time(kind: str, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The little time that the end of a reply may take is not that of the next reply on its connection, even if another
-    prompt takes the connection as soon as it is free."""
-    monkeypatch.setattr(llm_autonomous, "END_TIMEOUT", 0.1)
+    """The little time that the end of a reply may take is not that of another prompt, even if that takes the connection
+    as soon as it is free."""
+    monkeypatch.setattr(llm_autonomous, "END_TIMEOUT", 1.0)
     close, aclose = httpx.Response.close, httpx.Response.aclose
     others: list[Any] = []
 
@@ -116,7 +116,7 @@ def test_a_reply_has_its_own_time(kind: str, server: Loopback, monkeypatch: pyte
 
     monkeypatch.setattr(httpx.Response, "close", close_and_ask)
     monkeypatch.setattr(httpx.Response, "aclose", aclose_and_ask)
-    server.answers += [speak(), slow, slow]
+    server.answers += [speak(), slow]
     assert len(ask_in_turns(kind, 2)) == 2
     assert [other.text for other in others] == ["llama heard: other"]
     assert (len(server.requests), server.connections) == (3, 1)
@@ -639,7 +639,7 @@ def test_no_proxy_that_is_not_understood_stops_nothing(
         assert ask().text == GOOD
 
 
-SILENT, FALSE = "no reply within 0.5 s", "it does not answer as a SOCKS proxy"
+SILENT, FALSE = "no reply within 2 s", "it does not answer as a SOCKS proxy"
 
 
 @pytest.mark.parametrize(
@@ -664,7 +664,7 @@ def test_socks_proxy_that_is_silent_or_false(
     depends on what httpcore tells its ``trace`` extension: without the stream in it, it waits for ever."""
     with OddProxy(*words, closes=reason == FALSE) as proxy:
         monkeypatch.setenv("ALL_PROXY", f"socks5://{credentials}127.0.0.1:{proxy.port}")
-        line = ask(timeout=0.5).line
+        line = ask(timeout=2).line
         through = f"cannot connect through the proxy 127.0.0.1:{proxy.port}"
     assert line.startswith(f"{behind_proxy}: {through}: {reason}")
     assert "attempts" not in line
