@@ -94,19 +94,12 @@ def test_three_attempts_in_all(failure: Answer, ask: Ask, server: Loopback, slee
     assert len(sleeps) == 3
 
 
-def test_third_attempt_can_succeed(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
-    """Two different failures leave the third attempt."""
-    server.answers += [cut(), refuse(502)]
+def test_attempts_may_fail_differently(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
+    """Two different failures leave the third attempt, and the last error says how many attempts were made."""
+    server.answers += [cut(), refuse(502), speak(), refuse(503), refuse(400)]
     assert ask().text == GOOD
-    assert len(server.requests) == 3
-
-
-def test_error_counts_the_attempts_made(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
-    """The last error says how many attempts were made, also where it ended them."""
-    server.answers += [refuse(503), refuse(400)]
-    line = ask().line
-    assert "HTTP 400 Bad Request: overloaded" in line
-    assert line.endswith("(2 attempts)")
+    assert ask().line.endswith("HTTP 400 Bad Request: overloaded (2 attempts)")
+    assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["at first", "after another attempt"])

@@ -301,12 +301,3 @@ def test_words_of_a_proxy_are_not_raw_in_an_error(ask: Ask, monkeypatch: pytest.
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
     with Proxy(refusal="403 \x9b31mevil\xad") as proxy:
         assert "evil" in ask(proxy=proxy.url).line
-
-
-def test_error_of_the_command_line_is_one_plain_line(server: Loopback) -> None:
-    """What reaches the terminal of a user has no escape in it."""
-    server.answer = say([RAW.encode()], status="400 Bad")
-    _, stderr, code = invoke("-m", "autonomous-llama", "hi")
-    assert code == 1
-    assert stderr.startswith("Error: ")
-    assert stderr.rstrip("\n").isprintable()
