@@ -95,12 +95,12 @@ def refuse(status: int, **headers: str) -> Answer:
     return answer
 
 
-def cut(*pieces: bytes, head: bool = True, reset: bool = False) -> Answer:
+def cut(*pieces: bytes, head: str | None = "200 OK", reset: bool = False) -> Answer:
     """An answer of these pieces, after which the connection drops."""
 
     async def answer(request: Request, connection: Connection) -> None:
         if head:
-            await connection.head()
+            await connection.head(head)
         for piece in pieces:
             await connection.send(piece)
         await connection.drop(reset)

@@ -7,27 +7,30 @@ import gzip
 import itertools
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import llm
 import pytest
 from conftest import Ask
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
-from proxies import run_python, until
+from proxies import run_python, silent, until
 from pytest_httpx import HTTPXMock
+
+import llm_autonomous
 
 MIB = 1024**2
 WHOLE = event(delta("whole", finish_reason="stop")) + DONE
 
 
-def endless(*start: bytes, piece: bytes, status: str = "200 OK") -> Answer:
+def endless(*start: bytes, piece: bytes, status: str = "200 OK", pause: float = 0.0) -> Answer:
     """An answer that begins with ``start`` and goes on with ``piece`` until the client leaves."""
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head(status)
         for data in itertools.chain(start, itertools.repeat(piece)):
             await connection.send(data)
+            await asyncio.sleep(pause)
 
     return answer
 
@@ -68,54 +71,45 @@ def test_event_that_never_ends(start: bytes, piece: bytes, ask: Ask, server: Loo
     assert until(lambda: not server.open)
 
 
-def test_event_of_almost_16_mib_is_read(ask: Ask, server: Loopback) -> None:
-    """The bound is no smaller than it says."""
+def test_largest_event(ask: Ask, server: Loopback) -> None:
+    """An event of almost 16 MiB is read; a larger one is an error after the text that came before it."""
     text = "x" * (16 * MIB - 1000)
-    server.answer = say([event(delta(text, finish_reason="stop")), DONE])
+    server.answers += [
+        say([event(delta(text, finish_reason="stop")), DONE]),
+        say([event(delta("before")), event(delta("x" * 17 * MIB))]),
+    ]
     assert ask().text == text
-
-
-def test_event_larger_than_16_mib_follows_the_text_before_it(ask: Ask, server: Loopback) -> None:
-    """What came before the event that is too large was yielded."""
-    server.answer = say([event(delta("before")), event(delta("x" * 17 * MIB))])
     answer = ask()
     assert answer.chunks == ["before"]
     assert "an event larger than 16 MiB" in answer.line
 
 
 def test_error_body_is_read_to_64_kib(ask: Ask, server: Loopback) -> None:
-    """The 65,536th byte of an error body can be in the error, and the one behind it cannot."""
+    """The 65,536th byte of an error body can be in the error, and the one after it cannot."""
     server.answer = endless(b" " * (65536 - 6), b"within", b"beyond", piece=b"beyond" * 1000, status="400 Bad Request")
     assert ask().line.endswith("HTTP 400 Bad Request: within")
     assert until(lambda: not server.open)
 
 
-def test_error_body_that_does_not_end(ask: Ask, server: Loopback) -> None:
-    """An error whose body stalls is shown without the rest, after the timeout."""
-
-    async def answer(request: Request, connection: Connection) -> None:
-        await connection.head("400 Bad Request")
-        await connection.send(b"sorry")
-        await connection.stall()
-
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(silent(b"sorry", head="400 Bad Request"), id="stalls"),
+        pytest.param(endless(b"sorry", piece=b"\n", status="400 Bad Request", pause=0.05), id="drips"),
+    ],
+)
+def test_error_body_that_does_not_end(
+    answer: Answer, ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error whose body stalls or drips is shown without the rest, and does not wait for the timeout."""
+    assert llm_autonomous.ERROR_BODY_TIMEOUT <= 10
+    monkeypatch.setattr(llm_autonomous, "ERROR_BODY_TIMEOUT", 0.5)
     server.answer = answer
-    assert ask(timeout=0.5).line.endswith("HTTP 400 Bad Request: sorry")
+    assert ask().line.endswith("HTTP 400 Bad Request: sorry")
     assert until(lambda: not server.open)
 
 
 # A long answer
-
-
-def read_sync() -> Iterator[str]:
-    model = llm.get_model("autonomous-llama")
-    response = model.prompt("hi")
-    yield from model.execute(response.prompt, True, response, None)
-
-
-async def count_async() -> int:
-    model = llm.get_async_model("autonomous-llama")
-    response = model.prompt("hi")
-    return sum([len(text) async for text in model.execute(response.prompt, True, response, None)])
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -123,14 +117,17 @@ def test_long_answer_is_not_kept(kind: str, server: Loopback) -> None:
     """A stream of 40 MB of text, read as the plugin yields it, costs the plugin next to nothing."""
     piece, count = event(delta("x" * 50_000)), 800
     server.answer = say(itertools.chain(itertools.repeat(piece, count), [DONE]))
-    tracemalloc.start()
-    try:
-        length = sum(map(len, read_sync())) if kind == "sync" else asyncio.run(count_async())
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert length == 50_000 * count
-    assert peak < 10 * MIB
+    model = llm.get_model("autonomous-llama") if kind == "sync" else llm.get_async_model("autonomous-llama")
+
+    async def read_async(texts: AsyncIterator[str]) -> int:
+        return sum([len(text) async for text in texts])
+
+    def read() -> None:
+        response = model.prompt("hi")
+        texts = model.execute(response.prompt, True, response, None)
+        assert (sum(map(len, texts)) if kind == "sync" else asyncio.run(read_async(texts))) == 50_000 * count
+
+    assert peak_memory(read) < 10 * MIB
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -210,29 +207,15 @@ def test_compressed_reply_is_read(encoding: str, ask: Ask, server: Loopback) -> 
 # Time
 
 
-def test_timeout_bounds_the_silence_before_a_reply(ask: Ask, server: Loopback) -> None:
-    """A server that says nothing ends the prompt after the seconds of the option."""
-
-    async def answer(request: Request, connection: Connection) -> None:
-        await connection.stall()
-
-    server.answer = answer
+def test_timeout_bounds_the_silence(ask: Ask, server: Loopback) -> None:
+    """A server that says nothing, or stops in the middle of its answer, ends the prompt after the seconds of the
+    option."""
+    server.answers += [silent(head=None), silent(event(delta("Once")))]
     assert "silent for 0.3 s; -o timeout sets the limit" in ask(timeout=0.3).line
+    answer = ask(timeout=1)
+    assert answer.chunks == ["Once"]
+    assert "the answer is incomplete: silent for 1 s" in answer.line
     assert until(lambda: not server.open)
-
-
-def test_timeout_bounds_the_silence_within_a_reply(ask: Ask, server: Loopback) -> None:
-    """A server that stops in the middle ends it too, behind the text that came."""
-
-    async def answer(request: Request, connection: Connection) -> None:
-        await connection.head()
-        await connection.send(event(delta("Once")))
-        await connection.stall()
-
-    server.answer = answer
-    answer_ = ask(timeout=1)
-    assert answer_.chunks == ["Once"]
-    assert "the answer is incomplete: silent for 1 s" in answer_.line
 
 
 def test_timeout_does_not_bound_the_whole_reply(ask: Ask, server: Loopback) -> None:
