@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import httpx
 import llm
 import pytest
 from bridge import Bridge, Exchange, read_reply
-from conftest import NOWHERE, PNG, USAGE, Ask, Start, complete, finish, output_until
+from conftest import NOWHERE, PNG, USAGE, Ask, Start, complete, finish, interrupt, output_until
 from loopback import DONE, Connection, Loopback, Request, delta, event, say
 from proxies import until
 
@@ -224,7 +223,7 @@ def test_the_bridge_serves_until_ctrl_c(start: Start) -> None:
     """Without a command it prints the line to export, and ends with exit code 0."""
     process = start(*BRIDGE, "--to", f"{NOWHERE}/v1", "--model", "tiny")
     assert output_until(process, "\n").startswith("export AUTONOMOUS_BASE_URL=http://127.0.0.1:")
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     assert finish(process) == ("", "", 0)
 
 
