@@ -10,10 +10,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llm
 import pytest
-from conftest import NOWHERE, PNG, Start, finish, invoke, output_until
+from conftest import NOWHERE, PNG, Ask, Chain, Start, finish, interrupt, invoke, output_until
+from llm.parts import assistant, system
 from loopback import BACKENDS, DONE, ENDPOINTS, Connection, Loopback, Request, delta, event, say, speak
 
 REFUSED = "Error: 127.0.0.1:1: cannot connect: Connection refused (3 attempts)\n"
@@ -245,7 +247,64 @@ def test_an_answer_that_was_cut_short_is_a_warning_on_the_terminal(server: Loopb
     assert stderr == "the answer may be cut short: it reached the model's limit (finish reason: length)\n"
 
 
-# The loopback server, as a person runs it
+# The loopback server: what it says, and as a person runs it
+
+PICTURE = [llm.Attachment(type="image/png", content=PNG)]
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers"""
+    return a + b
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ({"prompt": "", "system": "Be brief"}, "vision heard: \nSystem prompt: Be brief"),
+        ({"prompt": "", "system": "Be brief", "tools": [add]}, "vision heard: \nSystem prompt: Be brief"),
+        ({"prompt": "", "system": "Be brief", "schema": {"type": "string"}}, '""'),
+        ({"messages": [assistant("one,")]}, "vision heard: one,"),
+        ({"messages": [system("Count"), assistant("one,")]}, "vision heard: one,\nSystem prompt: Count"),
+        ({"attachments": PICTURE}, "vision heard: \nPictures: data:image/png;base64"),
+    ],
+)
+def test_the_loopback_answers_without_words_of_a_user(
+    ask: Ask, server: Loopback, prompt: dict[str, Any], said: str
+) -> None:
+    """A system prompt alone, an answer that was begun, a picture alone: no request ends its connection."""
+    assert ask(**{"prompt": None, **prompt}, model="autonomous-vision").text == said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "said"),
+    [
+        ("See", {}, "vision heard: Be brief\n\nSee\nPictures: data:image/png;base64"),
+        ("See", {"tools": [add]}, "vision heard: Be brief\n\nSee\nPictures: data:image/png;base64"),
+        ("See", {"schema": {"type": "string"}}, '"Be brief\\n\\nSee"'),
+        ('Call add with {"a": 1, "b": 2}', {"tools": [add]}, "vision: add said 3"),
+        ('Call add with {"a": 1, "b": 2}', {"tools": [add], "schema": {"type": "integer"}}, "3"),
+    ],
+)
+def test_the_loopback_follows_a_system_prompt_beside_a_picture(
+    chain: Chain, server: Loopback, prompt: str, given: dict[str, Any], said: str
+) -> None:
+    """Such a system prompt stands at the beginning of the first message, with the tools and the schema in it."""
+    assert chain(prompt, model="autonomous-vision", system="Be brief", attachments=PICTURE, **given).text == said
+
+
+def test_a_fault_of_the_loopback_itself_is_seen_at_once(
+    ask: Ask, server: Loopback, capfd: pytest.CaptureFixture[str], no_backoff: None
+) -> None:
+    """A person sees the traceback on standard error while it serves; a test would fail at its end."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        raise LookupError("a fault in the server")
+
+    server.answer = answer
+    assert "the connection was lost" in ask().line
+    assert "LookupError: a fault in the server" in capfd.readouterr().err
+    assert server.errors
+    server.errors.clear()
 
 
 def test_the_loopback_runs_a_command_against_itself(start: Start) -> None:
@@ -277,7 +336,7 @@ def test_the_loopback_serves_until_ctrl_c(shell: list[str], start: Start, monkey
     assert variable == "export AUTONOMOUS_BASE_URL"
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
     assert invoke("-m", "autonomous-summary", "Hello", "--no-log") == ("summary heard: Hello\n", "", 0)
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     assert finish(process) == ("", "", 0)
 
 
@@ -288,7 +347,8 @@ def test_ctrl_c_is_for_the_command_that_the_loopback_runs(shell: list[str], star
         import time
         try:
             print("ready", flush=True)
-            time.sleep(60)
+            while True:
+                time.sleep(0.01)
         except KeyboardInterrupt:
             raise SystemExit(5)
     """
