@@ -137,8 +137,7 @@ def test_each_model_has_an_async_twin_that_is_alike(load: Load, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [*((name, "image/png") for name in ENDPOINTS if name != "vision"), ("vision", "application/pdf")],
+    ("name", "kind"), [*((name, "image/png") for name in ENDPOINTS if name != "vision"), ("vision", "application/pdf")]
 )
 def test_attachments_are_refused_before_anything_is_sent(ask: Ask, server: Loopback, name: str, kind: str) -> None:
     """Only vision takes pictures, and nothing else."""
@@ -197,32 +196,6 @@ def test_an_alias_of_the_user_may_mean_another_of_ours(load: Load, user_path: Pa
     load(llm_autonomous)
     assert llm.get_model(alias).model_id == model_id
     assert llm.get_async_model(alias).model_id == model_id
-
-
-def test_a_second_plugin_that_is_installed_keeps_its_names(tmp_path: Path) -> None:
-    """The real thing: a package with an entry point of its own, and the command line."""
-    (tmp_path / "llm_second.py").write_text(
-        textwrap.dedent("""\
-        import llm
-
-        class Second(llm.Model):
-            model_id = "second"
-
-            def execute(self, prompt, stream, response, conversation):
-                yield "second here"
-
-        @llm.hookimpl
-        def register_models(register):
-            register(Second(), aliases=["hermes-3"])
-        """)
-    )
-    info = tmp_path / "llm_second-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-second\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[llm]\nsecond = llm_second\n")
-    settings = {**environment("http://127.0.0.1:1"), "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(["llm", "-m", "hermes-3", "hi"], env=settings, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr, done.returncode) == ("second here\n", "", 0)
 
 
 # What it costs

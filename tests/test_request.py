@@ -113,22 +113,6 @@ def test_the_headers_are_those_of_the_protocol_and_no_others(ask: Ask, service: 
     }
 
 
-def test_a_request_carries_the_whole_conversation_once(service: HTTPXMock) -> None:
-    """The third turn of a conversation sends the system prompt, both earlier turns, and itself."""
-    conversation = get_model("autonomous-llama").conversation()
-    conversation.prompt("one", system="Be brief").text()
-    conversation.prompt("two").text()
-    conversation.prompt("three").text()
-    assert messages_of(service.get_requests()[-1]) == [
-        {"role": "system", "content": "Be brief"},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "fine"},
-        {"role": "user", "content": "two"},
-        {"role": "assistant", "content": "fine"},
-        {"role": "user", "content": "three"},
-    ]
-
-
 # Where it goes
 
 
@@ -311,25 +295,6 @@ def test_an_image_by_url_is_not_fetched(ask: Ask, server: Loopback) -> None:
     assert [request.method for request in server.requests] == ["POST"]
 
 
-def test_a_conversation_begun_with_another_model_goes_on(ask: Ask, service: HTTPXMock) -> None:
-    """A chain with an image, reasoning, a tool call and its result reaches a text model as text."""
-    chain = [
-        message("user", TextPart("What?"), picture(type="image/png", content=PNG)),
-        message("assistant", ReasoningPart("secret thought"), ToolCallPart("look", {"at": "it"}, "1")),
-        message("tool", ToolResultPart("look", "a cat", "1")),
-        assistant("A cat."),
-        user("Sure?"),
-    ]
-    assert ask(None, messages=chain).text == "fine"
-    assert messages_of(only(service)) == [
-        {"role": "user", "content": "What?\n[image/png attachment, not shown to this model]"},
-        {"role": "assistant", "content": '[called the tool look with {"at": "it"}]'},
-        {"role": "user", "content": "[the tool look returned: a cat]"},
-        {"role": "assistant", "content": "A cat."},
-        {"role": "user", "content": "Sure?"},
-    ]
-
-
 # The empty prompt
 
 
@@ -438,14 +403,6 @@ def test_a_refused_proxy_is_never_repeated(proxy: str) -> None:
     said = [str(caught.value), repr(caught.value), *(error["msg"] for error in caught.value.errors())]
     assert "hunter2" not in "".join([*said, *traceback.format_exception(caught.value)])
     assert "@" not in proxy or "set HTTPS_PROXY instead" in str(caught.value)
-
-
-@pytest.mark.parametrize("prompt", [llm.get_model, llm.get_async_model], ids=["sync", "async"])
-def test_a_proxy_with_a_password_is_refused_in_python(prompt: Any) -> None:
-    """`prompt` raises before it begins, in words without the password."""
-    with pytest.raises(ValidationError, match="HTTPS_PROXY") as caught:
-        prompt("autonomous-llama").prompt("hi", proxy=SECRET_PROXIES.split()[0])
-    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
