@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import email.utils
 import logging
-import select
-import signal
 import sys
 import time
 from http import HTTPStatus
 
 import pytest
-from conftest import Ask, Command, Start, finish, output_until
+from conftest import Ask, Start, finish, interrupt, output_until
 from loopback import Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import Proxy, cut, refuse, silent, until
 
@@ -217,16 +215,6 @@ for _ in range(3):
         print("interrupted")
     ask()
 """
-
-
-def interrupt(process: Command) -> None:
-    """Press Ctrl-C until something comes of it: Python overlooks a signal that comes just before it waits for a reply,
-    until the next one."""
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        ready, _, _ = select.select([process.stdout], [], [], 10)
-        if ready:
-            return
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
