@@ -94,7 +94,7 @@ def test_each_model_has_its_endpoint_and_its_name(ask: Ask, service: HTTPXMock, 
 
 
 def test_the_headers_are_those_of_the_protocol_and_no_others(ask: Ask, service: HTTPXMock) -> None:
-    """Constants beside what HTTP needs, and a user agent that is honest behind its prefix."""
+    """Constants beside what HTTP needs, and a user agent that is honest after its prefix."""
     ask("hi")
     request = only(service)
     version = importlib.metadata.version("llm-autonomous")
@@ -217,7 +217,7 @@ def test_a_message_with_nothing_to_say_is_left_out(image_types: frozenset[str]) 
     assert [entry["content"] for entry in built] == ["one", "two"]
 
 
-def test_an_image_is_a_content_part_behind_the_text(tmp_path: Path) -> None:
+def test_an_image_is_a_content_part_after_the_text(tmp_path: Path) -> None:
     """Bytes and files become a `data:` URL of their type, a URL goes as it is."""
     path = tmp_path / "image.png"
     path.write_bytes(PNG)
