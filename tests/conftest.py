@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import os
@@ -21,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import httpcore
 import llm
 import pytest
 from click.testing import CliRunner
@@ -221,12 +219,6 @@ numbers = itertools.count()
 def close_connections() -> None:
     """Close the connections that sync prompts keep for the next one. Those of async prompts end with their loop."""
     llm_autonomous.close_clients()
-
-
-def pools() -> list[Any]:
-    """All connection pools of this process, known to a client or not."""
-    kinds = (httpcore.ConnectionPool, httpcore.AsyncConnectionPool)
-    return [found for found in gc.get_objects() if type(found) in kinds]
 
 
 @pytest.fixture(autouse=True)

@@ -14,23 +14,20 @@ import llm
 import pytest
 from conftest import Ask
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
-from proxies import run_python, silent, until
+from proxies import run_python, until
 from pytest_httpx import HTTPXMock
-
-import llm_autonomous
 
 MIB = 1024**2
 WHOLE = event(delta("whole", finish_reason="stop")) + DONE
 
 
-def endless(*start: bytes, piece: bytes, status: str = "200 OK", pause: float = 0.0) -> Answer:
+def endless(*start: bytes, piece: bytes) -> Answer:
     """An answer that begins with ``start`` and goes on with ``piece`` until the client leaves."""
 
     async def answer(request: Request, connection: Connection) -> None:
-        await connection.head(status)
+        await connection.head()
         for data in itertools.chain(start, itertools.repeat(piece)):
             await connection.send(data)
-            await asyncio.sleep(pause)
 
     return answer
 
@@ -45,7 +42,7 @@ def peak_memory(run: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-# Events, lines and error bodies
+# Events and lines
 
 
 @pytest.mark.parametrize(
@@ -82,31 +79,6 @@ def test_largest_event(ask: Ask, server: Loopback) -> None:
     answer = ask()
     assert answer.chunks == ["before"]
     assert "an event larger than 16 MiB" in answer.line
-
-
-def test_error_body_is_read_to_64_kib(ask: Ask, server: Loopback) -> None:
-    """The 65,536th byte of an error body can be in the error, and the one after it cannot."""
-    server.answer = endless(b" " * (65536 - 6), b"within", b"beyond", piece=b"beyond" * 1000, status="400 Bad Request")
-    assert ask().line.endswith("HTTP 400 Bad Request: within")
-    assert until(lambda: not server.open)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        pytest.param(silent(b"sorry", head="400 Bad Request"), id="stalls"),
-        pytest.param(endless(b"sorry", piece=b"\n", status="400 Bad Request", pause=0.05), id="drips"),
-    ],
-)
-def test_error_body_that_does_not_end(
-    answer: Answer, ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error whose body stalls or drips is shown without the rest, and does not wait for the timeout."""
-    assert llm_autonomous.ERROR_BODY_TIMEOUT <= 10
-    monkeypatch.setattr(llm_autonomous, "ERROR_BODY_TIMEOUT", 0.5)
-    server.answer = answer
-    assert ask().line.endswith("HTTP 400 Bad Request: sorry")
-    assert until(lambda: not server.open)
 
 
 # A long answer
@@ -196,33 +168,14 @@ def test_compressed_bombs(server: Loopback) -> None:
     assert [word in line for word, line in zip(words * 2, lines, strict=True)] == [True] * 8
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "identity", "GZIP"])
-def test_compressed_reply_is_read(encoding: str, ask: Ask, server: Loopback) -> None:
-    """One encoding of those that were asked for is read."""
-    pack = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding.lower(), bytes)
-    server.answer = packed(pack(WHOLE), encoding)
-    assert ask().text == "whole"
-
-
 # Time
-
-
-def test_timeout_bounds_the_silence(ask: Ask, server: Loopback) -> None:
-    """A server that says nothing, or stops in the middle of its answer, ends the prompt after the seconds of the
-    option."""
-    server.answers += [silent(head=None), silent(event(delta("Once")))]
-    assert "silent for 0.3 s; -o timeout sets the limit" in ask(timeout=0.3).line
-    answer = ask(timeout=1)
-    assert answer.chunks == ["Once"]
-    assert "the answer is incomplete: silent for 1 s" in answer.line
-    assert until(lambda: not server.open)
 
 
 def test_timeout_does_not_bound_the_whole_reply(ask: Ask, server: Loopback) -> None:
     """A slow answer may take longer than the timeout, as long as something keeps coming."""
-    words = [event(delta(str(number))) for number in range(6)]
-    server.answer = say([*words, WHOLE], pause=0.2)  # which takes 1.2 s before the last piece
-    assert ask(timeout=1).text == "012345whole"
+    words = [event(delta(str(number))) for number in range(9)]
+    server.answer = say([*words, WHOLE], pause=0.25)  # which takes 2.25 s before the last piece
+    assert ask(timeout=2).text == "012345678whole"
 
 
 @pytest.mark.parametrize(("timeout", "silence", "connect"), [(None, 120, 10), (3, 3, 3), (3600, 3600, 10)])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import email.utils
 import logging
-import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
 
 import pytest
 from conftest import Ask, Start, finish, interrupt, output_until
 from loopback import Answer, Connection, Loopback, Request, delta, event, say, speak
-from proxies import Proxy, TlsLoopback, cut, free_port, refuse, silent, until
+from proxies import Proxy, cut, refuse, silent, until
 
 GOOD = "llama heard: hi"
 RETRIED = (408, 429, 500, 502, 503, 504)
@@ -47,31 +44,6 @@ def test_tried_again(failure: Answer, ask: Ask, server: Loopback, sleeps: list[f
     assert len(sleeps) == 1
 
 
-@contextmanager
-def deaf_port() -> Iterator[int]:
-    """A port whose queue of connections is full, so that it does not answer."""
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        for waiting in (first, second):
-            waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
-        yield deaf.getsockname()[1]
-
-
-@pytest.mark.parametrize(("deaf", "reason"), [(False, "Connection refused"), (True, "no reply within 0.05 s")])
-def test_tried_again_when_a_connection_cannot_be_made(
-    deaf: bool, reason: str, ask: Ask, monkeypatch: pytest.MonkeyPatch, sleeps: list[float]
-) -> None:
-    """A connection that is refused, or is not made in time, is tried three times in all."""
-    with deaf_port() as port:
-        address = f"127.0.0.1:{port if deaf else free_port()}"
-        monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://{address}")
-        line = ask(**({"timeout": 0.05} if deaf else {})).line
-    assert line == f"{address}: cannot connect: {reason} (3 attempts)"
-    assert len(sleeps) == 2
-
-
 @pytest.mark.parametrize(
     "failure",
     [
@@ -90,20 +62,8 @@ def test_tried_again_when_a_connection_cannot_be_made(
 def test_not_tried_again(failure: Answer, ask: Ask, server: Loopback, sleeps: list[float]) -> None:
     """Silence, a malformed reply, and what another attempt cannot mend end the prompt at once."""
     server.answers += [failure]
-    assert "attempts" not in ask(timeout=0.5).line
+    assert "attempts" not in ask(timeout=2).line  # which is also the time to connect, on a busy machine
     assert len(server.requests) == 1
-    assert sleeps == []
-
-
-def test_not_tried_again_when_a_certificate_does_not_verify(
-    ask: Ask, monkeypatch: pytest.MonkeyPatch, sleeps: list[float]
-) -> None:
-    """A certificate does not become better by waiting."""
-    with TlsLoopback() as server:
-        monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url)
-        line = ask().line
-    assert "certificate cannot be verified" in line
-    assert "attempts" not in line
     assert sleeps == []
 
 
@@ -132,19 +92,12 @@ def test_three_attempts_in_all(failure: Answer, ask: Ask, server: Loopback, slee
     assert len(sleeps) == 3
 
 
-def test_third_attempt_can_succeed(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
-    """Two different failures leave the third attempt."""
-    server.answers += [cut(), refuse(502)]
+def test_attempts_may_fail_differently(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
+    """Two different failures leave the third attempt, and the last error says how many attempts were made."""
+    server.answers += [cut(), refuse(502), speak(), refuse(503), refuse(400)]
     assert ask().text == GOOD
-    assert len(server.requests) == 3
-
-
-def test_error_counts_the_attempts_made(ask: Ask, server: Loopback, sleeps: list[float]) -> None:
-    """The last error says how many attempts were made, also where it ended them."""
-    server.answers += [refuse(503), refuse(400)]
-    line = ask().line
-    assert "HTTP 400 Bad Request: overloaded" in line
-    assert line.endswith("(2 attempts)")
+    assert ask().line.endswith("HTTP 400 Bad Request: overloaded (2 attempts)")
+    assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["at first", "after another attempt"])
@@ -156,18 +109,6 @@ def test_never_after_text_was_yielded(before: int, ask: Ask, server: Loopback, s
     assert "the answer is incomplete" in answer.line
     assert len(server.requests) == 1 + before
     assert len(sleeps) == before
-
-
-def test_proxies_of_the_environment_serve_each_attempt(
-    ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch, sleeps: list[float]
-) -> None:
-    """An attempt after the first goes through the environment's proxy as well."""
-    server.answers += [cut(head=None)]
-    with Proxy() as proxy:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://service.test:{server.port}")
-        assert ask().text == GOOD
-        assert proxy.targets == [f"service.test:{server.port}"] * 2
 
 
 # Waits

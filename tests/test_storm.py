@@ -282,6 +282,7 @@ GOOD: dict[str, tuple[Step, ...]] = {
     "in deflate": (good(zlib.compress, content_encoding="deflate"), "end"),
     "with a foreign value": (foreign_value,),
     "and a drop after [DONE]": (good(dialect="events"), "drop"),
+    "and garbage after [DONE]": (good(dialect="events"), b"this is no chunk\r\n\r\n", "drop"),
     "and silence after [DONE]": (good(dialect="CRLF"), "stall"),
 }
 ACTS = {**PASSING, **FATAL, **GOOD}
