@@ -640,6 +640,11 @@ class Completion:
         # Each piece is work for `llm`, so texts that arrive together are joined.
         return ["".join(pieces)] if len(pieces) > 1 and {*map(type, pieces)} == {str} else pieces
 
+    @property
+    def finish_reason(self) -> str:
+        """The finish reason, in a form that is fit for an error; empty if there is none."""
+        return quoted(str(self.envelope.get("finish_reason", ""))[:100])
+
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
         begun = self._in_deltas or self.whole  # some text has come
@@ -1160,10 +1165,9 @@ def quoted(words: str) -> str:
     return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
 
 
-def explained(error: AutonomousError, envelope: dict[str, Any]) -> AutonomousError:
+def explained(error: AutonomousError, reason: str) -> AutonomousError:
     """What is wrong with an answer, after what the finish reason says of it if that is unusual."""
-    reason = quoted(str(envelope.get("finish_reason", "stop")))
-    if re.search(USUAL_FINISH_REASON, reason) or f"(finish reason: {reason})" in error.message:
+    if not reason or re.search(USUAL_FINISH_REASON, reason) or f"(finish reason: {reason})" in error.message:
         return error
     at_limit = re.search(LIMIT_REASON, reason)
     cut_short = "was cut short because it reached the model's limit" if at_limit else "may be cut short"
@@ -1436,8 +1440,8 @@ class Exchange:
         if completion.not_understood is not None:
             excerpt = quoted(as_json(completion.not_understood))
             logger.warning("part of the reply was not understood; it begins: %s", excerpt)
-        reason = quoted(str(envelope.get("finish_reason", "stop")))
-        if not re.search(USUAL_FINISH_REASON, reason):
+        reason = completion.finish_reason
+        if reason and not re.search(USUAL_FINISH_REASON, reason):
             limit = ": it reached the model's limit" if re.search(LIMIT_REASON, reason) else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not attempt.whole:
@@ -1546,7 +1550,7 @@ class Attempt:
             self.error = self._problem()
         if not self.error:
             pieces += self._parse([], end=True)
-            self.error = self.error and explained(self.error, self.completion.envelope)
+            self.error = self.error and explained(self.error, self.completion.finish_reason)
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
@@ -1622,14 +1626,14 @@ class Attempt:
         message = "the answer was empty"
         if self.thinking.reasoned:
             message += ", after some reasoning"
-        reason = quoted(str(self.completion.envelope.get("finish_reason", "")))
+        reason = self.completion.finish_reason
         if reason and not re.search(LIMIT_REASON, reason):  # the limit comes first, see explained()
             message += f" (finish reason: {reason})"
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
         error = AutonomousError(quoted(message), outage=True, correction=correction)
-        return explained(error, self.completion.envelope)
+        return explained(error, reason)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1940,12 +1944,9 @@ def autonomous() -> None:
     """
 
 
-SECONDS = click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT)
-
-
 @autonomous.command()
 @click.option("model_ids", "-m", "--model", multiple=True, help="Model to ask, can be repeated (default: all five)")
-@click.option("--timeout", type=SECONDS, default=20.0, show_default=True, help="Seconds to wait for each whole answer")
+@click.option("--timeout", default=20.0, show_default=True, help="Seconds to wait for each whole answer")
 @click.option("options", "-o", "--option", type=(str, str), multiple=True, help="Model option, such as: -o proxy URL")
 @click.option("json_", "--json", is_flag=True, help="Output JSON, once all models have answered")
 @click.option("--raw", is_flag=True, help="Print raw requests and replies to standard error, one model at a time")
@@ -1962,6 +1963,8 @@ def check(
     """
     import asyncio
 
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise click.BadParameter("must be more than 0, and at most a day", param_hint="'--timeout'")
     try:
         models = [llm.get_async_model(model_id) for model_id in model_ids]
         # --timeout limits each whole answer, so the limit on silence need not.
