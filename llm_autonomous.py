@@ -433,7 +433,7 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
     if "*" in unproxied or any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
         return ""
     scheme = url.scheme if proxies.get(url.scheme) else "all"
-    proxy = proxies.get(scheme) or ""
+    proxy = proxies.get(scheme, "").strip()
     if proxy and "://" not in proxy:
         proxy = f"http://{proxy}"
     if proxy and not parse_url(proxy, PROXY_SCHEMES):  # do not quote it: it may contain a password
@@ -744,7 +744,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
         elif isinstance(held.get("text"), str):
             text += held["text"]
         else:
-            more = more or bool(held.keys() - {"type"})
+            more = more or holds_more(held, {"type"})
     return text, thought, more
 
 
@@ -1294,7 +1294,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
     if isinstance(error, AutonomousError):
         return error
     cause = root_cause(error)
-    reason = reason_of(cause)
+    reason = reason_of(cause) or "no reason was given"
     silent = isinstance(error, httpx.TimeoutException)
     # Other words of httpcore and h11 are about malformed replies; these mean a lost connection.
     dropped = isinstance(error, httpx.NetworkError) or str(error).startswith(("Server disconnected", "peer closed"))
@@ -1308,7 +1308,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         through = f" through the proxy {httpx.URL(proxy).netloc.decode()}" if proxy else ""
         if silent:
             reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
-        elif not reason or "EOF occurred" in reason:
+        elif isinstance(error, httpx.ConnectError) and (not reason_of(cause) or "EOF occurred" in reason):
             # Only a failed TLS handshake has no message, or this one of OpenSSL.
             reason = "the connection was closed during the TLS handshake"
         # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
@@ -1322,7 +1322,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
     if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
         return AutonomousError(f"the reply was not understood: {reason}")
-    return AutonomousError(f"the request failed: {reason or 'no reason was given'}")
+    return AutonomousError(f"the request failed: {reason}")
 
 
 # By OpenSSL's codes for what is wrong with a certificate.
