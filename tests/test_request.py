@@ -337,7 +337,8 @@ def test_an_image_that_is_gone_does_not_end_the_conversation(
 ) -> None:
     """A file of an earlier turn that can no longer be read is a note to the model and a warning to the user."""
     part = picture(path=str(tmp_path / "gone.png"), **attachment)
-    content = build_messages([message("user", TextPart("See"), part)], IMAGE_TYPES)[0]["content"]
+    history = [message("user", TextPart("See"), part), assistant("ho"), user("hi")]
+    content = build_messages(history, IMAGE_TYPES)[0]["content"]
     assert content == f"See\n[{attachment.get('type', 'file')} attachment, not shown to this model]"
     [record] = caplog.records
     assert (record.levelname, "gone.png" in record.getMessage()) == ("WARNING", True)
@@ -403,13 +404,9 @@ def test_a_conversation_begun_with_another_model_goes_on(ask: Ask, service: HTTP
     [
         pytest.param({"prompt": None}, id="none"),
         pytest.param({"prompt": ""}, id="empty"),
-        pytest.param({"prompt": " \t\r\n\u2028"}, id="blank"),
-        pytest.param({"prompt": " ", "system": "Be brief"}, id="blank after a system prompt"),
         pytest.param({"prompt": "", "tools": [llm.Tool("look")]}, id="tools only"),
         pytest.param({"prompt": None, "schema": {"type": "object"}}, id="a schema only"),
-        pytest.param({"prompt": None, "fragments": ["", "\n"]}, id="blank fragments"),
         pytest.param({"prompt": None, "messages": []}, id="no messages"),
-        pytest.param({"prompt": None, "messages": [user("hi"), assistant("ho"), user(" ")]}, id="blank at the end"),
     ],
 )
 def test_an_empty_prompt_is_an_error_before_anything_is_sent(
@@ -460,17 +457,16 @@ def test_nothing_typed_in_a_conversation_is_an_empty_prompt(service: HTTPXMock) 
 
 
 @pytest.mark.parametrize(
-    "proxy", ["http://proxy:3128", "https://proxy", "socks5://127.0.0.1:1080", "socks5h://[::1]:1080/", None]
+    "proxy", ["http://proxy:3128", "https://proxy", "socks5://127.0.0.1:1080", "socks5h://[::1]:1080/", "", None]
 )
 def test_a_proxy_url_is_taken(proxy: str | None) -> None:
-    """All four kinds of proxy URL, and none."""
+    """All four kinds of proxy URL, none for this prompt, and no word of it."""
     assert AutonomousOptions(proxy=proxy).proxy == proxy
 
 
 @pytest.mark.parametrize(
     "proxy",
     [
-        "",
         "proxy",
         "proxy:3128",
         "127.0.0.1:3128",
@@ -572,8 +568,8 @@ def test_the_options_are_shown_with_help() -> None:
     words = " ".join(shown.output.split())
     assert shown.exit_code == 0
     assert (
-        "proxy: str Proxy to use: an http://, https://, socks5:// or socks5h:// URL. LLM logs options, so if the proxy "
-        "needs a password, set HTTPS_PROXY instead. "
+        "proxy: str Proxy to use: an http://, https://, socks5:// or socks5h:// URL, or nothing ('') for no proxy. LLM "
+        "logs options, so if the proxy needs a password, set HTTPS_PROXY instead. "
         "timeout: float Seconds to wait for more of the reply before the prompt fails. Default: 120." in words
     )
     assert shown.output.count("timeout: float") == len(BACKENDS)
