@@ -499,7 +499,8 @@ class Framing:
                 line, self._line = bytes(self._line + line), bytearray()
             if len(line) > MAX_EVENT_BYTES:
                 raise too_large()
-            self._read_line(line)
+            if line or self._held or self._named_error:  # most blank lines end nothing
+                self._read_line(line)
             if self.ended:
                 return
         self._line += rest
@@ -507,7 +508,8 @@ class Framing:
             raise too_large()
 
     def _read_line(self, line: bytes) -> None:
-        line, self._mark = line.removeprefix(self._mark), b""
+        if self._mark:
+            line, self._mark = line.removeprefix(self._mark), b""
         field, _, data = line.partition(b":")
         if self._document:
             self._hold(line)
@@ -1535,7 +1537,8 @@ class Attempt:
     def feed(self, data: bytes) -> list[str | StreamEvent]:
         """Take the next bytes of the reply, and return the pieces of the answer that they complete."""
         limit = MAX_PAGE_BYTES if self.refusal else MAX_BEGINNING
-        self.beginning += data[: limit - len(self.beginning)]
+        if len(self.beginning) < limit:
+            self.beginning += data[: limit - len(self.beginning)]
         return self._out(self._decode(data))
 
     def close(self) -> list[str | StreamEvent]:
@@ -1635,6 +1638,8 @@ class Attempt:
             self.yielded = True
             if self.corrected and self.corrected.yielded:
                 pieces.insert(0, "\n")
+        if self.parser is None:
+            return pieces
         out: list[str | StreamEvent] = []
         for piece in pieces:
             if isinstance(piece, llm.ToolCall):

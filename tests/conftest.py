@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import os
@@ -21,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import httpcore
 import llm
 import pytest
 from click.testing import CliRunner
@@ -29,6 +27,7 @@ from llm.cli import cli
 from llm.parts import Message, TextPart
 from loopback import DONE, Connection, Loopback, Request, delta, environment, event, say
 from loopback import Answer as Reply
+from proxies import until
 
 import llm_autonomous
 from llm_autonomous import Attempt, AutonomousError, Exchange
@@ -222,12 +221,6 @@ def close_connections() -> None:
     llm_autonomous.close_clients()
 
 
-def pools() -> list[Any]:
-    """All connection pools of this process, known to a client or not."""
-    kinds = (httpcore.ConnectionPool, httpcore.AsyncConnectionPool)
-    return [found for found in gc.get_objects() if type(found) in kinds]
-
-
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No proxies, no user's settings, no coverage of processes, and no connection of an earlier test."""
@@ -352,6 +345,17 @@ def output_until(process: Command, end: str) -> str:
         assert data, f"{printed!r} is all that was printed"
         printed += data
     return printed.decode()
+
+
+def interrupt(process: Command) -> None:
+    """Press Ctrl-C once a process waits for something, as far as that can be known: Linux says it.
+
+    Python would only see a signal that comes just before it waits when the wait is over. And before 3.11, asyncio lets
+    KeyboardInterrupt come anywhere, such as in the middle of anyio's own work, which then ends in a RuntimeError.
+    """
+    state = Path(f"/proc/{process.pid}/stat")
+    assert not state.exists() or until(lambda: state.read_text().rpartition(") ")[2].startswith("S"))
+    process.send_signal(signal.SIGINT)
 
 
 def finish(process: Command) -> tuple[str, str, int]:

@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -152,24 +153,32 @@ class Connection:
 Answer = Callable[[Request, Connection], Awaitable[None]]
 
 
-# Paragraphs of a system prompt that are not its writer's, but the client's.
-INSTRUCTIONS = re.compile(r"\s*(^[^\n]*\n<tools>\n.*|^[^\n]*JSON schema:\n\{.*)\Z", re.DOTALL | re.MULTILINE)
+# A paragraph that is not the writer's of a message, but the client's: how to call tools, or the schema to follow.
+INSTRUCTIONS = re.compile(r"\s*^[^\n]*(\n<tools>\n|JSON schema:\n\{).*?(?=\n\n|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text in a message."""
+    content = message["content"]
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
+
+
+def own_text(message: dict[str, Any]) -> str:
+    """The text in a message without the instructions that the client added."""
+    return INSTRUCTIONS.sub("", text_of(message)).strip("\n")
 
 
 def describe(request: Request) -> str:
     """What a request told the server, in words."""
-    *before, last = request.messages
-    system = [INSTRUCTIONS.sub("", message["content"]) for message in before if message["role"] == "system"]
-    before = [message for message in before if message["role"] != "system"]
-    content = last["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    text = " ".join(part["text"] for part in parts if part["type"] == "text")
+    system = [text for message in request.messages if message["role"] == "system" and (text := own_text(message))]
+    *before, last = [message for message in request.messages if message["role"] != "system"] or [{"content": ""}]
+    parts = last["content"] if isinstance(last["content"], list) else []
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-    words = [f"{request.payload['aiAgent']} heard: {text}"]
-    if any(system):
+    words = [f"{request.payload['aiAgent']} heard: {own_text(last)}"]
+    if system:
         words.append(f"System prompt: {' '.join(system)}")
     if before:
-        words.append(f"Messages before: {len(before)}, the last: {before[-1]['content']}")
+        words.append(f"Messages before: {len(before)}, the last: {own_text(before[-1])}")
     if urls:
         words.append(f"Pictures: {', '.join(url.partition(',')[0] for url in urls)}")
     return "\n".join(words)
@@ -186,14 +195,14 @@ CALL = re.compile(r"Call (\w+) with (\{.*?\})(?: |$)")
 def follow(request: Request) -> str | None:
     """What a model answers that was given tools or a schema and does as it is told; None where it was given neither.
 
-    It calls what "Call NAME with JSON" names, says what the results were, and fills a schema with what it heard. The
-    schema stands in the system prompt, after the results of tools, or in the correction of an answer.
+    It calls what "Call NAME with JSON" names, says what the results were, and fills a schema with what it heard. Tools
+    and schema stand in the system prompt, which is part of the first message if there are pictures. The schema may also
+    stand after the results of tools, or in the correction of an answer.
     """
-    messages = request.messages
-    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    said_by_user = [text_of(message) for message in messages if message["role"] == "user"]
-    heard = said_by_user[-1]
-    tools, schema = TOOLS.search(system), SCHEMA.search(heard) or SCHEMA.search(system)
+    first = request.messages[0]
+    by_user = [message for message in request.messages if message["role"] == "user"]
+    heard = text_of(by_user[-1]) if by_user else ""
+    tools, schema = TOOLS.search(text_of(first)), SCHEMA.search(heard) or SCHEMA.search(text_of(first))
     names = {json.loads(line)["name"] for line in tools[1].splitlines()} if tools else set()
     calls = [{"name": name, "arguments": json.loads(given)} for name, given in CALL.findall(heard) if name in names]
     if calls:
@@ -202,15 +211,9 @@ def follow(request: Request) -> str | None:
     said = ", ".join(f"{name} said {result}" for name, result in results)
     if schema:
         root = json.loads(schema[1])
-        asked = next((text for text in reversed(said_by_user) if not SCHEMA.search(text)), heard)
-        return json.dumps(fill(root, root, said or asked))
+        asked = [message for message in by_user if message is first or not SCHEMA.search(text_of(message))] or by_user
+        return json.dumps(fill(root, root, said or (own_text(asked[-1]) if asked else "")))
     return f"{request.payload['aiAgent']}: {said}" if said else None
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text in a message."""
-    content = message["content"]
-    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
 
 
 def fill(schema: dict[str, Any], root: dict[str, Any], heard: str) -> Any:
@@ -411,7 +414,8 @@ class Loopback(Server):
                     break
         except OSError:  # the connection broke, in TLS or below it
             pass
-        except Exception as error:
+        except Exception as error:  # the server's own: a person should see it at once, and a test at the end
+            traceback.print_exception(error)
             self.errors.append(error)
         finally:
             self.open.discard(number)

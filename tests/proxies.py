@@ -49,10 +49,10 @@ def until(condition: Callable[[], object]) -> bool:
     return True
 
 
-def run_python(script: str, *arguments: str, flags: str = "", timeout: float = 60.0) -> str:
+def run_python(script: str, *arguments: str, flags: str = "") -> str:
     """What a Python process of its own prints; it must succeed, and say nothing on standard error."""
     command = [sys.executable, *flags.split(), "-c", script, *arguments]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
 
@@ -95,12 +95,12 @@ def refuse(status: int, **headers: str) -> Answer:
     return answer
 
 
-def cut(*pieces: bytes, head: bool = True, reset: bool = False) -> Answer:
+def cut(*pieces: bytes, head: str | None = "200 OK", reset: bool = False) -> Answer:
     """An answer of these pieces, after which the connection drops."""
 
     async def answer(request: Request, connection: Connection) -> None:
         if head:
-            await connection.head()
+            await connection.head(head)
         for piece in pieces:
             await connection.send(piece)
         await connection.drop(reset)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ import httpx
 import llm
 import pytest
 from bridge import Bridge, Exchange, read_reply
-from conftest import NOWHERE, PNG, USAGE, Ask, Start, complete, finish, output_until
+from conftest import NOWHERE, PNG, USAGE, Ask, Start, complete, finish, interrupt, output_until
 from loopback import DONE, Connection, Loopback, Request, delta, event, say
-from proxies import until
+from proxies import cut, silent, until
 
 BRIDGE = [sys.executable, str(Path(__file__).with_name("bridge.py"))]
 
@@ -103,10 +102,9 @@ def test_an_error_is_passed_on(status: str, stream: bool, bridge: Bridge, upstre
 
 
 def test_a_server_that_cannot_be_reached_is_a_bad_gateway(
-    monkeypatch: pytest.MonkeyPatch, no_backoff: None, ask: Ask
+    monkeypatch: pytest.MonkeyPatch, exchanges: list[Exchange], no_backoff: None, ask: Ask
 ) -> None:
     """The plugin shows the reason."""
-    exchanges: list[Exchange] = []
     with Bridge(f"{NOWHERE}/v1", "tiny", record=exchanges.append) as bridge:
         monkeypatch.setenv("AUTONOMOUS_BASE_URL", bridge.url)
         line = ask().line
@@ -119,12 +117,7 @@ def test_a_reply_that_breaks_off_upstream_breaks_off(
 ) -> None:
     """The text that came before is not taken to be the whole answer."""
 
-    async def break_off(request: Request, connection: Connection) -> None:
-        await connection.head()
-        await connection.send(event(delta("half")))
-        await connection.drop()
-
-    upstream.answer = break_off
+    upstream.answer = cut(event(delta("half")))
     answer = ask()
     assert answer.chunks == ["half"]
     assert "incomplete" in answer.line
@@ -139,12 +132,7 @@ def test_a_client_that_leaves_cancels_the_request_upstream(
 ) -> None:
     """A model that nobody listens to should not go on computing."""
 
-    async def begin(request: Request, connection: Connection) -> None:
-        await connection.head()
-        await connection.send(event(delta("a")))
-        await connection.stall()
-
-    upstream.answer = begin
+    upstream.answer = silent(event(delta("a")))
     with socket.create_connection(("127.0.0.1", bridge.port)) as client:
         data = json.dumps(body(stream))
         client.sendall(f"POST /api/v1/ai/chat HTTP/1.1\r\ncontent-length: {len(data)}\r\n\r\n{data}".encode())
@@ -162,20 +150,18 @@ def test_a_request_that_is_not_in_the_wire_format_is_refused(bridge: Bridge, ups
     assert not upstream.requests
 
 
+STREAM = event(delta("a")) + event(delta("b", "stop")) + event({"choices": [], "usage": USAGE}) + DONE
+WHOLE = json.dumps({"choices": [{"message": {"content": "ü"}, "finish_reason": "length"}]}).encode()
+
+
 @pytest.mark.parametrize(
     ("reply", "read"),
     [
+        (STREAM, {"text": "ab", "finish_reason": "stop", "usage": USAGE}),
+        (WHOLE, {"text": "ü", "finish_reason": "length"}),
         (
-            event(delta("a")) + event(delta("b", "stop")) + event({"choices": [], "usage": USAGE}) + DONE,
-            {"text": "ab", "finish_reason": "stop", "usage": USAGE},
-        ),
-        (
-            json.dumps({"choices": [{"message": {"content": "ü"}, "finish_reason": "length"}]}).encode(),
-            {"text": "ü", "finish_reason": "length"},
-        ),
-        (
-            event({"choices": [{"delta": {"reasoning_content": "hm", "content": None}}]}) + event(delta("a")),
-            {"text": "a", "reasoning": "hm"},
+            event({"choices": [{"delta": {"reasoning_content": "hm", "content": None}}]}),
+            {"text": "", "reasoning": "hm"},
         ),
         (b"<h1>Gone</h1>", {"text": "<h1>Gone</h1>"}),
         (b'{"error": "no"}', {"text": '{"error": "no"}'}),
@@ -224,24 +210,21 @@ def test_the_bridge_serves_until_ctrl_c(start: Start) -> None:
     """Without a command it prints the line to export, and ends with exit code 0."""
     process = start(*BRIDGE, "--to", f"{NOWHERE}/v1", "--model", "tiny")
     assert output_until(process, "\n").startswith("export AUTONOMOUS_BASE_URL=http://127.0.0.1:")
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     assert finish(process) == ("", "", 0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["--to", NOWHERE, "--model", "tiny", "--key-variable", "NO_SUCH_KEY", "no-such-command"],
-            "NO_SUCH_KEY is not set",
-        ),
-        (["--to", "127.0.0.1:8080", "--model", "tiny", "no-such-command"], "--to must be an http:// or https:// URL"),
+        (f"--to {NOWHERE} --model tiny --key-variable NO_SUCH_KEY no-such-command", "NO_SUCH_KEY is not set"),
+        ("--to 127.0.0.1:8080 --model tiny no-such-command", "--to must be an http:// or https:// URL"),
     ],
 )
 def test_what_is_wrong_with_the_options_is_said_at_once(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before any prompt is sent."""
     with pytest.raises(SystemExit):
-        bridge_module.main(arguments)
+        bridge_module.main(arguments.split())
     assert words in capsys.readouterr().err

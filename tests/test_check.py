@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import Start, finish, invoke, output_until
+from conftest import NOWHERE, Start, finish, invoke, output_until
 from llm.cli import cli
 from loopback import ENDPOINTS, Answer, Connection, Loopback, Request, delta, event, say, speak
 from proxies import Proxy, until
@@ -41,34 +41,36 @@ def failing(name: str, failure: Answer) -> Answer:
     return answer
 
 
-async def never(request: Request, connection: Connection) -> None:
-    """Not a byte."""
-    await connection.stall()
+def unending(begin: bool, *pieces: bytes) -> Answer:
+    """An answer that never ends: silence, or the same pieces again and again, with or without a good beginning."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        if begin:
+            await connection.head()
+        await (connection.drip(*pieces) if pieces else connection.stall())
+
+    return answer
 
 
-async def head_only(request: Request, connection: Connection) -> None:
-    """A good beginning, and then nothing."""
-    await connection.head()
-    await connection.stall()
+NEVER = unending(False)
+ENDLESS = unending(True, event(delta("and ")))
 
 
-async def drip(request: Request, connection: Connection) -> None:
-    """Comments for ever, which are not silence and not an answer."""
-    await connection.head()
-    await connection.drip(b": still here\n\n")
+def late(release: threading.Event) -> Answer:
+    """An answer that follows the protocol, once it is released."""
 
+    async def answer(request: Request, connection: Connection) -> None:
+        await asyncio.to_thread(release.wait)
+        await speak()(request, connection)
 
-async def endless(request: Request, connection: Connection) -> None:
-    """Text for ever."""
-    await connection.head()
-    await connection.drip(event(delta("and ")))
+    return answer
 
 
 # What it shows
 
 
 def test_every_model_has_a_row(server: Loopback) -> None:
-    """Model, endpoint, and ok with the seconds to the first text, in columns; exit code 0."""
+    """Model, endpoint, and ok with the seconds to the first text, in columns. Each is asked once, streamed as usual."""
     result = check()
     assert result.exit_code == 0
     rows = rows_of(result.output)
@@ -76,13 +78,7 @@ def test_every_model_has_a_row(server: Loopback) -> None:
         f"autonomous-{name}": endpoint for name, endpoint in ENDPOINTS.items()
     }
     assert all(re.fullmatch(r"ok, \d+\.\d\d s", shown) for _, shown in rows.values())
-    lines = result.output.splitlines()
-    assert {(line.index(" : "), line.rindex(" : ")) for line in lines} == {(21, 35)}, "the columns are aligned"
-
-
-def test_each_model_is_asked_once_for_a_word(server: Loopback) -> None:
-    """A short prompt to each, streamed as prompts are."""
-    check()
+    assert len({(line.index(" : "), line.rindex(" : ")) for line in result.output.splitlines()}) == 1, "columns"
     assert sorted(request.payload["aiAgent"] for request in server.requests) == sorted(ENDPOINTS)
     for request in server.requests:
         assert request.messages == [{"role": "user", "content": "Reply with one word: OK"}]
@@ -111,74 +107,46 @@ def test_nothing_is_tried_again(server: Loopback) -> None:
     assert "attempts" not in result.output
 
 
-def test_nothing_listening_is_a_reason_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host and port, and what the operating system says."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")
-    result = check()
-    reasons = {shown for _, shown in rows_of(result.output).values()}
-    assert reasons == {"127.0.0.1:1: cannot connect: Connection refused"}
-    assert result.exit_code == 1
-
-
-@pytest.mark.parametrize("answer", [never, head_only, drip, endless], ids=lambda answer: answer.__name__)
+@pytest.mark.parametrize(
+    "answer",
+    [NEVER, unending(True), unending(True, b": still here\n\n"), ENDLESS],
+    ids=["silence", "silence after the head", "comments", "text"],
+)
 def test_a_server_that_does_not_come_to_an_end_is_given_up(server: Loopback, answer: Answer) -> None:
-    """`--timeout` bounds the whole answer, whatever the server does to look alive."""
-    server.answer = answer
-    result = check("--timeout", "0.2")
-    assert rows_of(result.output) == {
-        f"autonomous-{name}": (endpoint, f"127.0.0.1:{server.port}: no whole answer within 0.2 s")
-        for name, endpoint in ENDPOINTS.items()
-    }
+    """`--timeout` bounds the whole answer, whatever the server does to look alive. All connections are closed."""
+    server.answer = failing("summary", answer)
+    result = check("--timeout", "0.5", "-m", "autonomous-summary", "-m", "autonomous-llama")
+    given_up = f"127.0.0.1:{server.port}: no whole answer within 0.5 s"
+    assert rows_of(result.output)["autonomous-summary"] == ("summary", given_up)
     assert result.exit_code == 1
-
-
-def test_the_connections_of_a_check_are_closed(server: Loopback) -> None:
-    """Those of models that answered, and those that were given up."""
-    server.answer = failing("summary", never)
-    check("--timeout", "0.5")
-    assert server.connections == 5
     assert until(lambda: not server.open)
 
 
 def test_a_row_appears_when_it_is_known(server: Loopback, start: Start) -> None:
     """The row of a model that answered is there while another is still silent."""
     release = threading.Event()
-
-    async def late(request: Request, connection: Connection) -> None:
-        while not release.is_set():
-            await asyncio.sleep(0.01)
-        await speak()(request, connection)
-
-    server.answer = failing("llama", late)
+    server.answer = failing("llama", late(release))
     process = start("llm", "autonomous", "check", "-m", "autonomous-llama", "-m", "autonomous-vision", url=server.url)
     try:
         assert output_until(process, "\n").startswith("autonomous-vision")
     finally:
         release.set()
     stdout, stderr, code = finish(process)
-    assert stdout.startswith("autonomous-llama ")
-    assert (stderr, code) == ("", 0)
+    assert (stdout.split()[0], stderr, code) == ("autonomous-llama", "", 0)
 
 
 def test_a_person_at_a_terminal_sees_that_something_is_under_way(server: Loopback, start: Start) -> None:
     """A line on stderr before the first answer, which a pipe or a script does not get."""
     release = threading.Event()
-
-    async def late(request: Request, connection: Connection) -> None:
-        while not release.is_set():
-            await asyncio.sleep(0.01)
-        await speak()(request, connection)
-
-    server.answer = late
+    server.answer = late(release)
     terminal, its_end = pty.openpty()
     try:
         process = start("llm", "autonomous", "check", url=server.url, stderr=its_end)
         os.close(its_end)
         shown = os.read(terminal, 1000).decode()
-        release.set()
-        stdout, _, code = finish(process)
     finally:
         release.set()
+        stdout, _, code = finish(process)
         os.close(terminal)
     assert shown == f"Asking 5 models at 127.0.0.1:{server.port}, for up to 20 s ...\r\n"
     assert (len(rows_of(stdout)), code) == (5, 0)
@@ -188,33 +156,12 @@ def test_a_person_at_a_terminal_sees_that_something_is_under_way(server: Loopbac
 
 
 def test_models_are_named_by_id_or_alias(server: Loopback) -> None:
-    """`-m` may be repeated, and a model that is named twice is asked once."""
+    """`-m` may be repeated; a model that is named twice is asked once, and one that is not named does not count."""
+    server.answer = failing("summary", say([], status="500 Internal Server Error"))
     result = check("-m", "autonomous", "-m", "autonomous-vision", "-m", "autonomous-llama", "-m", "hermes-3")
     assert set(rows_of(result.output)) == {"autonomous-llama", "autonomous-vision", "autonomous-hermes"}
-    assert len(server.requests) == 3
-    assert result.exit_code == 0
-
-
-def test_models_that_are_not_named_do_not_count(server: Loopback) -> None:
-    """The exit code is that of the models that were asked."""
-    server.answer = failing("hermes", say([], status="500 Internal Server Error"))
-    assert check("-m", "autonomous-summary").exit_code == 0
-    assert check("-m", "autonomous-summary", "-m", "autonomous-hermes").exit_code == 1
-
-
-@pytest.mark.parametrize(
-    ("model", "error"),
-    [
-        ("autonomous-gpt", "Unknown model: autonomous-gpt"),
-        ("llama", "Unknown model: llama"),
-        ("gpt-4o-mini", "only the models of Autonomous AI can be checked: llm models -q autonomous"),
-    ],
-)
-def test_a_model_that_is_not_ours_is_an_error(server: Loopback, model: str, error: str) -> None:
-    """One line, and no model is asked, not even those that are named rightly."""
-    result = check("-m", "autonomous-llama", "-m", model)
-    assert (result.output, result.exit_code) == (f"Error: {error}\n", 1)
-    assert server.requests == []
+    assert (len(server.requests), result.exit_code) == (3, 0)
+    assert check("-m", "autonomous-vision", "-m", "autonomous-summary").exit_code == 1
 
 
 # For scripts
@@ -223,6 +170,7 @@ def test_a_model_that_is_not_ours_is_an_error(server: Loopback, model: str, erro
 def test_json_has_the_rows(server: Loopback) -> None:
     """An array in the order of the models: numbers as numbers, and the error where there is one."""
     server.answer = failing("vision", say([b"<title>Just a moment...</title>"], status="403 Forbidden"))
+    assert check("--json", "-m", "autonomous-llama").exit_code == 0
     result = check("--json")
     rows = json.loads(result.output)
     error = f"127.0.0.1:{server.port}: HTTP 403 Forbidden: answered with a web page titled: Just a moment..."
@@ -235,16 +183,11 @@ def test_json_has_the_rows(server: Loopback) -> None:
 
 
 def test_json_keeps_the_time_of_a_text_that_did_not_end(server: Loopback) -> None:
-    """A first text that came is reported, though the answer failed behind it."""
-    server.answer = endless
-    [row] = json.loads(check("--json", "--timeout", "0.5", "-m", "autonomous-llama").output)
-    assert (row["ok"], row["error"].endswith("no whole answer within 0.5 s")) == (False, True)
-    assert 0 < row["seconds"] < 0.5
-
-
-def test_json_of_a_check_that_is_fine_exits_with_0(server: Loopback) -> None:
-    """Also for scripts, the exit code says it all."""
-    assert check("--json").exit_code == 0
+    """A first text that came is reported, though the answer failed after it."""
+    server.answer = ENDLESS
+    [row] = json.loads(check("--json", "--timeout", "2", "-m", "autonomous-llama").output)
+    assert (row["ok"], row["error"].endswith("no whole answer within 2 s")) == (False, True)
+    assert 0 < row["seconds"] < 2
 
 
 # Its options
@@ -262,25 +205,32 @@ def test_a_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_timeout_of_silence_is_followed(server: Loopback) -> None:
     """`-o timeout` is what it is for a prompt."""
-    server.answer = never
+    server.answer = NEVER
     rows = rows_of(check("-o", "timeout", "0.3", "-m", "autonomous-llama").output)
     assert rows["autonomous-llama"][1] == f"127.0.0.1:{server.port}: silent for 0.3 s; -o timeout sets the limit"
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("arguments", "words"),
     [
-        (("proxy", "ftp://proxy"), "proxy: Value error, must be an http://, https://"),
-        (("proxy", "http://me:hunter2@proxy"), "set HTTPS_PROXY instead"),
-        (("proxy", "me:hunter2@proxy"), "set HTTPS_PROXY instead"),
-        (("timeout", "0"), "timeout: Input should be greater than 0"),
-        (("temperature", "1"), "temperature: Extra inputs are not permitted"),
+        ("-o proxy ftp://proxy", "proxy: Value error, must be an http://, https://"),
+        ("-o proxy http://me:hunter2@proxy", "set HTTPS_PROXY instead"),
+        ("-o proxy me:hunter2@proxy", "set HTTPS_PROXY instead"),
+        ("-o timeout 0", "timeout: Input should be greater than 0"),
+        ("-o temperature 1", "temperature: Extra inputs are not permitted"),
+        ("-m autonomous-llama -m autonomous-gpt", "Unknown model: autonomous-gpt"),
+        ("-m autonomous-llama -m llama", "Unknown model: llama"),
+        ("-m gpt-4o-mini", "only the models of Autonomous AI can be checked: llm models -q autonomous"),
+        ("", "AUTONOMOUS_BASE_URL must be an http:// or https:// URL"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_an_option_that_is_refused_is_one_line(server: Loopback, option: tuple[str, str], words: str) -> None:
-    """What is wrong with it, never a password, and no model is asked."""
-    result = check("-o", *option)
+def test_what_is_refused_is_one_line(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
+) -> None:
+    """What is wrong, once, and never a password; no model is asked, not even one that is named rightly."""
+    if "BASE_URL" in words:
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", "nonsense")
+    result = check(*arguments.split())
     assert result.output.startswith("Error: ")
     assert words in result.output
     assert "hunter2" not in result.output
@@ -295,17 +245,6 @@ def test_a_timeout_that_is_none_is_refused(server: Loopback, timeout: str) -> No
     assert "Invalid value for '--timeout'" in result.output
 
 
-def test_a_base_url_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable is named once, not for each model."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "nonsense")
-    result = check()
-    assert result.output.startswith("Error: AUTONOMOUS_BASE_URL must be an http:// or https:// URL")
-    assert (result.output.count("\n"), result.exit_code) == (1, 1)
-
-
-# What it leaves
-
-
 @pytest.mark.parametrize("answer", [speak(), say([], status="500 Internal Server Error")], ids=["ok", "failing"])
 def test_nothing_is_logged(server: Loopback, user_path: Path, answer: Answer) -> None:
     """No database is made, and nothing else is written."""
@@ -318,29 +257,22 @@ def test_nothing_is_logged(server: Loopback, user_path: Path, answer: Answer) ->
 # Its help
 
 
-def test_the_help_of_the_group_names_the_command() -> None:
-    """`llm autonomous --help` says what there is."""
-    shown = CliRunner().invoke(cli, ["autonomous", "--help"])
-    assert shown.exit_code == 0
-    assert re.search(r"\n  check  Ask each model for one word", shown.output)
-
-
-def test_the_help_of_the_command_says_what_a_user_needs() -> None:
-    """The options, the default timeout, the exit code, and that nothing is logged."""
-    shown = check("--help")
-    words = " ".join(shown.output.split())
-    assert shown.exit_code == 0
-    for said in ("-m, --model", "can be repeated", "--timeout", "default: 20.0", "-o, --option", "proxy", "--json"):
-        assert said in words
-    assert "The exit code is 0 if all models answer, and 1 otherwise." in words
-    assert "Nothing is logged." in words
-
-
-def test_llm_help_lists_the_group() -> None:
-    """`llm --help` has a line for it."""
-    assert re.search(
-        r"\n  autonomous +Find out which models of Autonomous AI answer\n", CliRunner().invoke(cli, ["--help"]).output
-    )
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("--help", "autonomous Find out which models of Autonomous AI answer"),
+        ("autonomous --help", "check Ask each model for one word"),
+        ("autonomous check --help", "-m, --model TEXT Model to ask, can be repeated"),
+        ("autonomous check --help", "Seconds to wait for each whole answer [default: 20.0]"),
+        ("autonomous check --help", "-o proxy URL"),
+        ("autonomous check --help", "--json"),
+        ("autonomous check --help", "Nothing is logged. The exit code is 0 if all models answer, and 1 otherwise."),
+    ],
+)
+def test_the_help_says_what_a_user_needs(command: str, words: str) -> None:
+    """`llm --help` leads to the group, the group to the command, and the command to its options and exit code."""
+    stdout, _, code = invoke(*command.split())
+    assert (words in " ".join(stdout.split()), code) == (True, 0)
 
 
 # What --raw shows
@@ -386,25 +318,24 @@ def test_raw_asks_one_after_the_other(server: Loopback) -> None:
     assert [request.payload["aiAgent"] for request in server.requests] == list(ENDPOINTS)
 
 
-def test_raw_of_a_web_page(server: Loopback) -> None:
-    """What is not understood is shown as it came, and the row has the error."""
+def test_raw_shows_what_is_not_understood_as_it_came(server: Loopback) -> None:
+    """A web page: its status, headers and bytes; the row has the error."""
     page = b"<html>\n<title>Just a moment...</title></html>"
     server.answer = say([page], status="403 Forbidden", headers={"content-type": "text/html"})
     result, shown = raw("-m", "autonomous-llama")
     assert result.exit_code == 1
     assert "web page titled: Just a moment..." in result.stdout
-    assert ("<", "HTTP/1.1 403 Forbidden") in shown
-    assert ("<", "content-type: text/html") in shown
-    assert ("<", repr(page)[2:-1]) in shown
+    came = [text for sign, text in shown if sign == "<"]
+    assert {"HTTP/1.1 403 Forbidden", "content-type: text/html", repr(page)[2:-1]} <= {*came}
 
 
 def test_raw_of_a_refused_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was to be sent, and why nothing came."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", NOWHERE)
     result, shown = raw("-m", "autonomous-llama")
+    assert rows_of(result.stdout)["autonomous-llama"][1] == "127.0.0.1:1: cannot connect: Connection refused"
     assert result.exit_code == 1
-    assert "cannot connect: Connection refused" in result.stdout
-    assert [sign for sign, _ in shown].count("<") == 0
+    assert {sign for sign, _ in shown} == {">", "!"}
     assert shown[-1] == ("!", "Connection refused")
 
 

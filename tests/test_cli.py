@@ -10,11 +10,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llm
 import pytest
-from conftest import NOWHERE, PNG, Start, finish, invoke, output_until
-from loopback import BACKENDS, DONE, ENDPOINTS, Connection, Loopback, Request, delta, event, say, speak
+from conftest import NOWHERE, PNG, Ask, Chain, Start, finish, interrupt, invoke, output_until
+from llm.parts import assistant, system
+from loopback import DONE, Connection, Loopback, Request, delta, event, say, speak
 
 REFUSED = "Error: 127.0.0.1:1: cannot connect: Connection refused (3 attempts)\n"
 LOOPBACK = [sys.executable, str(Path(__file__).with_name("loopback.py"))]
@@ -111,30 +113,6 @@ def test_text_is_shown_as_it_arrives(server: Loopback, start: Start) -> None:
     assert finish(process) == ("", "", 0)
 
 
-def test_every_id_and_every_alias_reaches_its_model(llm_: Llm, server: Loopback) -> None:
-    """Plain, with --async and with --no-stream, each of the names is answered by its model."""
-    names = [
-        name
-        for entry in llm.get_models_with_aliases()
-        if entry.model.model_id.startswith("autonomous")
-        for name in (entry.model.model_id, *entry.aliases)
-    ]
-    heard = [
-        llm_("-m", name, name, "--no-log", *settings).removesuffix("\n").split(" heard: ")
-        for settings in ([], ["--async"], ["--no-stream"])
-        for name in names
-    ]
-    own = {"llama": ["autonomous"], "qwen_coder": ["autonomous-qwen-coder"]}
-    expected = [
-        [name, spelling]
-        for name, backend in BACKENDS.items()
-        for spelling in (f"autonomous-{name}", *own.get(name, []), f"autonomous-{backend}", backend)
-    ]
-    assert heard == expected * 3
-    assert len({tuple(pair) for pair in heard}) == 17
-    assert [ENDPOINTS[name] for name, _ in heard] == [request.path.rpartition("/")[2] for request in server.requests]
-
-
 def test_a_model_can_be_the_default(llm_: Llm) -> None:
     """`llm models default` takes the model, by any of its names, and a plain `llm` then asks it."""
     llm_("models", "default", "autonomous-llama")
@@ -188,20 +166,13 @@ def test_a_chat_remembers_its_turns(llm_: Llm, server: Loopback) -> None:
     assert len(json.loads(llm_("logs", "-n", "0", "--json"))) == 2
 
 
-def test_a_chat_ends_in_one_line_when_a_turn_fails(server: Loopback, start: Start) -> None:
-    """No traceback, exit code 1, and the turn before it was shown."""
+def test_a_chat_ends_in_one_line_when_a_turn_fails_and_can_go_on(llm_: Llm, server: Loopback) -> None:
+    """No traceback, exit code 1, the turn before it was shown; and `llm chat -c` has that turn."""
     server.answers.extend([speak(), say([b'{"detail": "no more today"}'], status="403 Forbidden")])
-    process = start("llm", "chat", "-m", "autonomous-llama", url=server.url, typed="hi\nagain\nexit\n")
-    stdout, stderr, code = finish(process)
-    assert replies(stdout) == "> llama heard: hi\n> "
+    stdout, stderr, code = invoke("chat", "-m", "autonomous-hermes", typed="hi\nagain\nexit\n")
+    assert replies(stdout) == "> hi\nhermes heard: hi\n> again\n"
     assert stderr == f"Error: 127.0.0.1:{server.port}: HTTP 403 Forbidden: no more today\n"
     assert code == 1
-
-
-def test_a_chat_goes_on_after_an_error(llm_: Llm, server: Loopback) -> None:
-    """`llm chat -c` has the turns before the one that failed."""
-    server.answers.extend([speak(), say([b"no more today"], status="403 Forbidden")])
-    assert invoke("chat", "-m", "autonomous-hermes", typed="hi\nagain\n")[2] == 1
     shown = llm_("chat", "-c", typed="again\nexit\n")
     assert "hermes heard: again\nMessages before: 2, the last: hermes heard: hi\n" in shown
 
@@ -245,7 +216,64 @@ def test_an_answer_that_was_cut_short_is_a_warning_on_the_terminal(server: Loopb
     assert stderr == "the answer may be cut short: it reached the model's limit (finish reason: length)\n"
 
 
-# The loopback server, as a person runs it
+# The loopback server: what it says, and as a person runs it
+
+PICTURE = [llm.Attachment(type="image/png", content=PNG)]
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers"""
+    return a + b
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ({"prompt": "", "system": "Be brief"}, "vision heard: \nSystem prompt: Be brief"),
+        ({"prompt": "", "system": "Be brief", "tools": [add]}, "vision heard: \nSystem prompt: Be brief"),
+        ({"prompt": "", "system": "Be brief", "schema": {"type": "string"}}, '""'),
+        ({"messages": [assistant("one,")]}, "vision heard: one,"),
+        ({"messages": [system("Count"), assistant("one,")]}, "vision heard: one,\nSystem prompt: Count"),
+        ({"attachments": PICTURE}, "vision heard: \nPictures: data:image/png;base64"),
+    ],
+)
+def test_the_loopback_answers_without_words_of_a_user(
+    ask: Ask, server: Loopback, prompt: dict[str, Any], said: str
+) -> None:
+    """A system prompt alone, an answer that was begun, a picture alone: no request ends its connection."""
+    assert ask(**{"prompt": None, **prompt}, model="autonomous-vision").text == said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "said"),
+    [
+        ("See", {}, "vision heard: Be brief\n\nSee\nPictures: data:image/png;base64"),
+        ("See", {"tools": [add]}, "vision heard: Be brief\n\nSee\nPictures: data:image/png;base64"),
+        ("See", {"schema": {"type": "string"}}, '"Be brief\\n\\nSee"'),
+        ('Call add with {"a": 1, "b": 2}', {"tools": [add]}, "vision: add said 3"),
+        ('Call add with {"a": 1, "b": 2}', {"tools": [add], "schema": {"type": "integer"}}, "3"),
+    ],
+)
+def test_the_loopback_follows_a_system_prompt_beside_a_picture(
+    chain: Chain, server: Loopback, prompt: str, given: dict[str, Any], said: str
+) -> None:
+    """Such a system prompt stands at the beginning of the first message, with the tools and the schema in it."""
+    assert chain(prompt, model="autonomous-vision", system="Be brief", attachments=PICTURE, **given).text == said
+
+
+def test_a_fault_of_the_loopback_itself_is_seen_at_once(
+    ask: Ask, server: Loopback, capfd: pytest.CaptureFixture[str], no_backoff: None
+) -> None:
+    """A person sees the traceback on standard error while it serves; a test would fail at its end."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        raise LookupError("a fault in the server")
+
+    server.answer = answer
+    assert "the connection was lost" in ask().line
+    assert "LookupError: a fault in the server" in capfd.readouterr().err
+    assert server.errors
+    server.errors.clear()
 
 
 def test_the_loopback_runs_a_command_against_itself(start: Start) -> None:
@@ -254,16 +282,13 @@ def test_the_loopback_runs_a_command_against_itself(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "code"),
-    [
-        ([sys.executable, "-c", "raise SystemExit(7)"], 7),
-        ([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], 128 + signal.SIGTERM),
-        (["no-such-command"], 127),
-    ],
+    ("script", "code"),
+    [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 15)", 128 + signal.SIGTERM), (None, 127)],
     ids=["exit", "signal", "not found"],
 )
-def test_the_loopback_leaves_with_the_exit_code_of_its_command(command: list[str], code: int, start: Start) -> None:
+def test_the_loopback_leaves_with_the_exit_code_of_its_command(script: str | None, code: int, start: Start) -> None:
     """As a shell does, also for a command that a signal ended or that is not there."""
+    command = [sys.executable, "-c", script] if script else ["no-such-command"]
     stdout, stderr, exit_code = finish(start(*LOOPBACK, *command))
     assert (stdout, exit_code) == ("", code)
     assert "Traceback" not in stderr
@@ -277,7 +302,7 @@ def test_the_loopback_serves_until_ctrl_c(shell: list[str], start: Start, monkey
     assert variable == "export AUTONOMOUS_BASE_URL"
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
     assert invoke("-m", "autonomous-summary", "Hello", "--no-log") == ("summary heard: Hello\n", "", 0)
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     assert finish(process) == ("", "", 0)
 
 
@@ -288,7 +313,8 @@ def test_ctrl_c_is_for_the_command_that_the_loopback_runs(shell: list[str], star
         import time
         try:
             print("ready", flush=True)
-            time.sleep(60)
+            while True:
+                time.sleep(0.01)
         except KeyboardInterrupt:
             raise SystemExit(5)
     """

@@ -29,6 +29,7 @@ OWN_ALIASES = {
     "vision": ["autonomous-llama-3.2-90b"],
     "summary": ["autonomous-llama-3.2-70b"],
 }
+BARE = list(BACKENDS.values())
 IMAGE_TYPES = {"image/png", "image/jpeg", "image/webp", "image/gif"}
 
 # No network is wanted from any of these.
@@ -39,6 +40,9 @@ BROKEN_ENVIRONMENT = {
     "SSL_CERT_FILE": "/nonexistent",
     "SSL_CERT_DIR": "/nonexistent",
 }
+
+
+Load = Callable[..., None]
 
 
 class Elsewhere(llm.Model):
@@ -74,7 +78,7 @@ def another_plugin(trylast: bool, names: dict[str, list[str]]) -> Any:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     """``load(*plugins)`` has `llm` know these plugins and no others, loaded in this order."""
 
     def load(*plugins: Any) -> None:
@@ -85,6 +89,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(llm, "pm", manager)
 
     return load
+
+
+@pytest.fixture(params=[True, False], ids=["loaded after", "loaded before"])
+def load_beside(load: Load, request: pytest.FixtureRequest) -> Load:
+    """``load_beside(plugin)`` has `llm` know this plugin and ours, in either order."""
+    return lambda plugin: load(*([llm_autonomous, plugin] if request.param else [plugin, llm_autonomous]))
 
 
 def registered() -> dict[str, Any]:
@@ -109,49 +119,30 @@ def test_the_five_models_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
-def test_each_model_has_its_aliases(load: Callable[..., None], name: str) -> None:
-    """Those that are the plugin's own, and the bare name while it is free."""
-    load(llm_autonomous)
-    assert registered()[f"autonomous-{name}"].aliases == [*OWN_ALIASES[name], BACKENDS[name]]
-
-
-@pytest.mark.parametrize("name", ENDPOINTS)
-def test_each_model_has_an_async_twin_that_is_alike(load: Callable[..., None], name: str) -> None:
-    """All five stream, take the same options, need no key, and promise nothing that is not there."""
+def test_each_model_has_an_async_twin_that_is_alike(load: Load, name: str) -> None:
+    """Both stream, take the same options, need no key, promise nothing that is not there, and answer to all names."""
     load(llm_autonomous)
     entry = registered()[f"autonomous-{name}"]
+    assert entry.aliases == [*OWN_ALIASES[name], BACKENDS[name]]
+    for spelling in (f"autonomous-{name}", *entry.aliases):
+        model, async_model = llm.get_model(spelling), llm.get_async_model(spelling)
+        assert (model.model_id, async_model.model_id) == (f"autonomous-{name}", f"autonomous-{name}")
     assert isinstance(entry.model, llm.Model)
     assert isinstance(entry.async_model, llm.AsyncModel)
     for model in (entry.model, entry.async_model):
-        assert model.model_id == f"autonomous-{name}"
-        assert model.can_stream
         assert issubclass(model.Options, llm_autonomous.AutonomousOptions)
         assert model.attachment_types == (IMAGE_TYPES if name == "vision" else set())
+        assert model.can_stream
         assert (bool(model.needs_key), model.supports_schema, model.supports_tools) == (False, True, True)
 
 
-@pytest.mark.parametrize("name", ENDPOINTS)
-def test_every_name_reaches_its_model(load: Callable[..., None], name: str) -> None:
-    """The id and each alias give the model, sync and async."""
-    load(llm_autonomous)
-    for spelling in (f"autonomous-{name}", *OWN_ALIASES[name], BACKENDS[name]):
-        assert llm.get_model(spelling).model_id == f"autonomous-{name}"
-        assert llm.get_async_model(spelling).model_id == f"autonomous-{name}"
-
-
-@pytest.mark.parametrize("name", [name for name in ENDPOINTS if name != "vision"])
-def test_a_text_model_refuses_attachments_before_anything_is_sent(ask: Ask, server: Loopback, name: str) -> None:
-    """Only vision takes pictures."""
-    picture = llm.Attachment(type="image/png", content=b"\x89PNG")
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "image/png") for name in ENDPOINTS if name != "vision"), ("vision", "application/pdf")]
+)
+def test_attachments_are_refused_before_anything_is_sent(ask: Ask, server: Loopback, name: str, kind: str) -> None:
+    """Only vision takes pictures, and nothing else."""
     with pytest.raises(ValueError, match="does not support attachments"):
-        ask("hi", f"autonomous-{name}", attachments=[picture])
-    assert server.requests == []
-
-
-def test_vision_refuses_what_is_no_image_before_anything_is_sent(ask: Ask, server: Loopback) -> None:
-    """A PDF is none of the four types."""
-    with pytest.raises(ValueError, match="does not support attachments of type 'application/pdf'"):
-        ask("hi", "autonomous-vision", attachments=[llm.Attachment(type="application/pdf", content=b"%PDF-")])
+        ask("hi", f"autonomous-{name}", attachments=[llm.Attachment(type=kind, content=b"...")])
     assert server.requests == []
 
 
@@ -165,38 +156,31 @@ def test_vision_takes_the_four_types_of_image(ask: Ask, server: Loopback, image_
 # The bare names
 
 
-@pytest.mark.parametrize("order", ["loaded before", "loaded after"])
 @pytest.mark.parametrize("trylast", [False, True], ids=["plain", "trylast"])
-@pytest.mark.parametrize("as_id", [True, False], ids=["model id", "alias"])
+@pytest.mark.parametrize("names", [{name: [] for name in BARE}, {"other": BARE}], ids=["model id", "alias"])
 def test_a_bare_name_of_another_plugin_stays_its_own(
-    load: Callable[..., None], order: str, trylast: bool, as_id: bool
+    load_beside: Load, trylast: bool, names: dict[str, list[str]]
 ) -> None:
     """Whatever order plugins load and register in, `hermes-3` from elsewhere is that one."""
-    bare = list(BACKENDS.values())
-    other = another_plugin(trylast, {name: [] for name in bare} if as_id else {"other": bare})
-    load(*([other, llm_autonomous] if order == "loaded before" else [llm_autonomous, other]))
+    load_beside(another_plugin(trylast, names))
     for name, backend in BACKENDS.items():
         assert isinstance(llm.get_model(backend), Elsewhere)
         assert isinstance(llm.get_async_model(backend), ElsewhereAsync)
         assert llm.get_model(f"autonomous-{backend}").model_id == f"autonomous-{name}"
 
 
-@pytest.mark.parametrize("order", ["loaded before", "loaded after"])
-def test_a_bare_name_that_is_taken_is_not_registered(load: Callable[..., None], order: str) -> None:
+def test_a_bare_name_that_is_taken_is_not_registered(load_beside: Load) -> None:
     """`llm models` does not show it as ours, and the other four stay."""
-    other = another_plugin(False, {"other": ["hermes-3"]})
-    load(*([other, llm_autonomous] if order == "loaded before" else [llm_autonomous, other]))
+    load_beside(another_plugin(False, {"other": ["hermes-3"]}))
     models = registered()
     assert models["autonomous-hermes"].aliases == ["autonomous-hermes-3"]
     assert all(BACKENDS[name] in models[f"autonomous-{name}"].aliases for name in BACKENDS if name != "hermes")
 
 
-@pytest.mark.parametrize("order", ["loaded before", "loaded after"])
-def test_an_alias_of_the_user_stays_the_users(load: Callable[..., None], user_path: Path, order: str) -> None:
+def test_an_alias_of_the_user_stays_the_users(load_beside: Load, user_path: Path) -> None:
     """A bare name that `aliases.json` gives to a model of another plugin is not taken from it."""
-    (user_path / "aliases.json").write_text(json.dumps(dict.fromkeys(BACKENDS.values(), "other")))
-    other = another_plugin(False, {"other": []})
-    load(*([other, llm_autonomous] if order == "loaded before" else [llm_autonomous, other]))
+    (user_path / "aliases.json").write_text(json.dumps(dict.fromkeys(BARE, "other")))
+    load_beside(another_plugin(False, {"other": []}))
     models = registered()
     for name, backend in BACKENDS.items():
         assert isinstance(llm.get_model(backend), Elsewhere)
@@ -206,40 +190,12 @@ def test_an_alias_of_the_user_stays_the_users(load: Callable[..., None], user_pa
 @pytest.mark.parametrize(
     ("alias", "model_id"), [("hermes-3", "autonomous-llama"), ("llama-3.3-70b", "autonomous-summary")]
 )
-def test_an_alias_of_the_user_may_mean_another_of_ours(
-    load: Callable[..., None], user_path: Path, alias: str, model_id: str
-) -> None:
+def test_an_alias_of_the_user_may_mean_another_of_ours(load: Load, user_path: Path, alias: str, model_id: str) -> None:
     """Also where the user's alias goes to a model that is registered earlier or later than the name's own."""
     (user_path / "aliases.json").write_text(json.dumps({alias: model_id}))
     load(llm_autonomous)
     assert llm.get_model(alias).model_id == model_id
     assert llm.get_async_model(alias).model_id == model_id
-
-
-def test_a_second_plugin_that_is_installed_keeps_its_names(tmp_path: Path) -> None:
-    """The real thing: a package with an entry point of its own, and the command line."""
-    (tmp_path / "llm_second.py").write_text(
-        textwrap.dedent("""\
-        import llm
-
-        class Second(llm.Model):
-            model_id = "second"
-
-            def execute(self, prompt, stream, response, conversation):
-                yield "second here"
-
-        @llm.hookimpl
-        def register_models(register):
-            register(Second(), aliases=["hermes-3"])
-        """)
-    )
-    info = tmp_path / "llm_second-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-second\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[llm]\nsecond = llm_second\n")
-    settings = {**environment("http://127.0.0.1:1"), "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(["llm", "-m", "hermes-3", "hi"], env=settings, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr, done.returncode) == ("second here\n", "", 0)
 
 
 # What it costs
@@ -274,16 +230,16 @@ def test_a_broken_environment_breaks_no_other_command() -> None:
     ("variable", "words"),
     [
         ("AUTONOMOUS_BASE_URL", "AUTONOMOUS_BASE_URL must be an http:// or https:// URL"),
-        ("HTTPS_PROXY", "HTTPS_PROXY is not a proxy URL"),
-        ("ALL_PROXY", "ALL_PROXY is not a proxy URL"),
-        ("SSL_CERT_FILE", "the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be loaded"),
+        ("HTTPS_PROXY", "HTTPS_PROXY must be an http://, https://, socks5:// or socks5h:// URL"),
+        ("ALL_PROXY", "ALL_PROXY must be an http://, https://, socks5:// or socks5h:// URL"),
+        ("SSL_CERT_FILE", f"cannot load {__file__}, which SSL_CERT_FILE names: "),
     ],
 )
 def test_a_broken_environment_is_one_line_for_a_prompt(
     ask: Ask, monkeypatch: pytest.MonkeyPatch, variable: str, words: str
 ) -> None:
     """What registering did not look at is an `AutonomousError` when it is needed, without the password in it."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://127.0.0.1:1")
     # A file that is there: httpx before 0.28 takes no notice of one that is not.
     monkeypatch.setenv(variable, __file__ if variable == "SSL_CERT_FILE" else BROKEN_ENVIRONMENT[variable])
     line = ask("hi").line
@@ -329,20 +285,17 @@ def test_loading_the_module_imports_no_http_client_and_nothing_beside_what_llm_h
 
 
 def test_the_package_is_what_it_says() -> None:
-    """Name, version, Python, the three dependencies, and the entry point that `llm` looks for."""
+    """Name, version, Python, the three dependencies, the extras, and the entry point that `llm` looks for."""
     distribution = importlib.metadata.distribution("llm-autonomous")
-    required = [line.replace(" ", "") for line in distribution.requires or [] if "extra ==" not in line]
+    required = [line.replace(" ", "").replace("'", '"') for line in distribution.requires or []]
     assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.3")
     assert distribution.metadata["Requires-Python"] == ">=3.10"
-    assert sorted(required) == ["httpx>=0.27", "jsonschema>=4.18", "llm>=0.32"]
+    assert sorted(line for line in required if "extra==" not in line) == [
+        "httpx>=0.27",
+        "jsonschema>=4.18",
+        "llm>=0.32",
+    ]
+    assert {"socks", "test", "benchmark"} <= {*distribution.metadata.get_all("Provides-Extra", ())}
+    assert [line for line in required if line.endswith('extra=="socks"')] == ['httpx[socks];extra=="socks"']
     [point] = distribution.entry_points
     assert (point.group, point.name, point.value) == ("llm", "autonomous", "llm_autonomous")
-
-
-def test_the_extras_are_there() -> None:
-    """`socks` for SOCKS proxies, `test` for an old pip, `benchmark`."""
-    distribution = importlib.metadata.distribution("llm-autonomous")
-    extras = distribution.metadata.get_all("Provides-Extra") or []
-    assert {"socks", "test", "benchmark"} <= set(extras)
-    socks = [line for line in distribution.requires or [] if line.replace("'", '"').endswith('extra == "socks"')]
-    assert [line.split(";")[0].strip() for line in socks] == ["httpx[socks]"]

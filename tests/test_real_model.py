@@ -30,12 +30,9 @@ class Script:
         reply = self.replies.pop(0)
         message = {"role": "assistant", **(reply if isinstance(reply, dict) else {"content": reply})}
         usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-        completion = {
-            "id": "1",
-            "model": "tiny",
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        }
-        await connection.whole(json.dumps({**completion, "object": "chat.completion", "usage": usage}).encode())
+        completion = {"id": "1", "model": "tiny", "object": "chat.completion", "usage": usage}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        await connection.whole(json.dumps({**completion, "choices": [choice]}).encode())
 
 
 @pytest.fixture
@@ -128,7 +125,6 @@ def test_a_server_that_cannot_be_reached_is_no_outcome(
 @pytest.mark.parametrize(
     ("shown", "raw"),
     [
-        ("It is raining", False),
         ("`get_weather` tells the weather: give it a <city>", False),
         ('{"name": "get_time", "arguments": {}}', False),
         ('{"name": "get_weather", "temperature": 17}', False),
@@ -141,9 +137,8 @@ def test_a_server_that_cannot_be_reached_is_no_outcome(
 )
 def test_raw_tags_and_calls_are_seen(shown: str, raw: bool) -> None:
     """The tags that tools are called with, and JSON of a call of an offered tool, however broken."""
-    assert real_model.shows_raw(shown, ["get_weather", "add"]) is raw
-    turns: list[tuple[list[Call], str]] = [([("get_weather", {"city": "Berlin"})], f"17 {shown}")]
-    verdict = real_model.judge(next(task for task in SETS["open"] if task.id == "T01"), turns, shown)
+    [task] = [task for task in SETS["open"] if task.id == "T01"]
+    verdict = real_model.judge(task, [([("get_weather", {"city": "Berlin"})], f"17 {shown}")], shown)
     assert (verdict["raw"], verdict["right"]) == (raw, not raw)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import importlib.metadata
 import json
@@ -80,25 +79,17 @@ def test_the_request_is_the_one_of_the_protocol_to_the_byte(ask: Ask, service: H
     assert base64.b64decode(json.loads(request.content)["messages"]) == listed.encode("ascii")
 
 
-@pytest.mark.parametrize("name", ENDPOINTS)
-def test_each_model_has_its_endpoint_and_its_name(ask: Ask, service: HTTPXMock, name: str) -> None:
-    """`aiAgent` and `threadId` are the name that the service has for the model."""
-    ask("hi", f"autonomous-{name}")
-    request = only(service)
-    payload = json.loads(request.content)
-    assert str(request.url) == SERVICE + ENDPOINTS[name]
-    assert (payload["aiAgent"], payload["threadId"]) == (name, name)
-
-
 @pytest.mark.parametrize("stream", [True, False])
-def test_stream_says_what_the_user_asked_for(ask: Ask, service: HTTPXMock, stream: bool) -> None:
-    """The key `stream` is the prompt's, and the only one that depends on it."""
-    ask("hi", stream=stream)
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_each_model_has_its_endpoint_and_its_name(ask: Ask, service: HTTPXMock, name: str, stream: bool) -> None:
+    """`aiAgent` and `threadId` are the name that the service has for the model; `stream` is what the user asked for."""
+    ask("hi", f"autonomous-{name}", stream=stream)
+    assert str(only(service).url) == SERVICE + ENDPOINTS[name]
     assert json.loads(only(service).content) == {
         "messages": base64.b64encode(b'[{"role": "user", "content": "hi"}]').decode(),
-        "threadId": "llama",
+        "threadId": name,
         "stream": stream,
-        "aiAgent": "llama",
+        "aiAgent": name,
     }
 
 
@@ -120,32 +111,6 @@ def test_the_headers_are_those_of_the_protocol_and_no_others(ask: Ask, service: 
         "time-zone": "America/New_York",
         "user-agent": f"Mozilla/5.0 (compatible; llm-autonomous/{version})",
     }
-
-
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_request_carries_the_whole_conversation_once(service: HTTPXMock, kind: str) -> None:
-    """The third turn of a conversation sends the system prompt, both earlier turns, and itself."""
-    prompts: list[tuple[str, dict[str, Any]]] = [("one", {"system": "Be brief"}), ("two", {}), ("three", {})]
-    if kind == "sync":
-        conversation = llm.get_model("autonomous-llama").conversation()
-        for prompt, settings in prompts:
-            conversation.prompt(prompt, **settings).text()
-    else:
-
-        async def talk() -> None:
-            conversation = llm.get_async_model("autonomous-llama").conversation()
-            for prompt, settings in prompts:
-                await conversation.prompt(prompt, **settings).text()
-
-        asyncio.run(talk())
-    assert messages_of(service.get_requests()[-1]) == [
-        {"role": "system", "content": "Be brief"},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "fine"},
-        {"role": "user", "content": "two"},
-        {"role": "assistant", "content": "fine"},
-        {"role": "user", "content": "three"},
-    ]
 
 
 # Where it goes
@@ -173,30 +138,22 @@ def test_the_base_url_may_have_a_prefix_and_a_trailing_slash(
     assert str(only(service).url) == url
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        "127.0.0.1:8000",
-        "localhost",
-        "/api",
-        "ftp://ai.example",
-        "file:///etc/hosts",
-        "http://",
-        "https:///path",
-        "http://:8000",
-        "http://ai.example:99999",
-        "http://ai.example:port",
-        "http://[::1",
-        "http://ai\x01example",
-        "::",
-    ],
+NO_URLS = (
+    "127.0.0.1:8000 localhost /api ftp://ai.example file:///etc/hosts http:// https:///path http://:8000 :: "
+    "http://[::1 http://ai.example:99999 http://ai.example:port http://ai\x01example http://me:hunter2@ai.example"
 )
+
+
+@pytest.mark.parametrize("base", NO_URLS.split(" "))
 def test_a_base_url_that_is_none_is_an_error_that_names_the_variable(
     ask: Ask, service: HTTPXMock, monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
-    """What is no http(s) URL with a host goes nowhere, least of all to the service."""
+    """What is no http(s) URL with a host, or has a password, goes nowhere, and no password is repeated."""
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", base)
-    assert ask("hi").line.startswith("AUTONOMOUS_BASE_URL must be an http:// or https:// URL with a host")
+    answer = ask("hi")
+    wanted = "AUTONOMOUS_BASE_URL must be an http:// or https:// URL with a host and without a password"
+    assert answer.line.startswith(wanted)
+    assert "hunter2" not in "".join(traceback.format_exception(answer.error))
     assert service.get_requests() == []
 
 
@@ -209,15 +166,6 @@ def test_the_base_url_is_read_at_each_prompt(ask: Ask, service: HTTPXMock, monke
     ask("hi")
     hosts = [request.url.host for request in service.get_requests()]
     assert hosts == ["one.example", "two.example", "chatgpt.autonomous.ai"]
-
-
-def test_credentials_in_the_base_url_are_refused(ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no need for them; neither the line nor the traceback repeats the password."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", server.url.replace("://", "://me:hunter2@"))
-    answer = ask("hi")
-    assert answer.line.startswith("AUTONOMOUS_BASE_URL must be an http:// or https:// URL with a host and without a")
-    assert "hunter2" not in "".join(traceback.format_exception(answer.error))
-    assert server.connections == 0
 
 
 # The messages
@@ -321,11 +269,8 @@ def test_an_image_that_a_tool_attached_is_shown_to_vision() -> None:
 
 def test_what_is_no_image_is_a_note_for_vision_too() -> None:
     """A conversation begun with another model may hold a PDF, from bytes or from a URL."""
-    parts = [
-        TextPart("Read"),
-        picture(type="application/pdf", content=b"%PDF-"),
-        picture(type="audio/wav", url="http://127.0.0.1:1/a.wav"),
-    ]
+    pdf = picture(type="application/pdf", content=b"%PDF-")
+    parts = [TextPart("Read"), pdf, picture(type="audio/wav", url="http://127.0.0.1:1/a.wav")]
     assert build_messages([message("user", *parts)], IMAGE_TYPES)[0]["content"] == (
         "Read\n[application/pdf attachment, not shown to this model]\n[audio/wav attachment, not shown to this model]"
     )
@@ -337,62 +282,17 @@ def test_an_image_that_is_gone_does_not_end_the_conversation(
 ) -> None:
     """A file of an earlier turn that can no longer be read is a note to the model and a warning to the user."""
     part = picture(path=str(tmp_path / "gone.png"), **attachment)
-    history = [message("user", TextPart("See"), part), assistant("ho"), user("hi")]
-    content = build_messages(history, IMAGE_TYPES)[0]["content"]
+    chain = [message("user", TextPart("See"), part), assistant("A cat."), user("Sure?")]
+    content = build_messages(chain, IMAGE_TYPES)[0]["content"]
     assert content == f"See\n[{attachment.get('type', 'file')} attachment, not shown to this model]"
     [record] = caplog.records
     assert (record.levelname, "gone.png" in record.getMessage()) == ("WARNING", True)
-
-
-def test_vision_sends_images_from_a_path_from_bytes_and_from_a_url(
-    ask: Ask, service: HTTPXMock, tmp_path: Path
-) -> None:
-    """A prompt's attachments arrive as OpenAI content parts, in the order they were given."""
-    path = tmp_path / "image.png"
-    path.write_bytes(PNG)
-    url = "http://127.0.0.1:1/cat.gif"
-    attachments = [
-        llm.Attachment(path=str(path)),
-        llm.Attachment(content=PNG),
-        llm.Attachment(type="image/gif", url=url),
-    ]
-    assert ask("What?", "autonomous-vision", attachments=attachments).text == "fine"
-    assert messages_of(only(service)) == [
-        {
-            "role": "user",
-            "content": [
-                {"type": "text", "text": "What?"},
-                {"type": "image_url", "image_url": {"url": PNG_URL}},
-                {"type": "image_url", "image_url": {"url": PNG_URL}},
-                {"type": "image_url", "image_url": {"url": url}},
-            ],
-        }
-    ]
 
 
 def test_an_image_by_url_is_not_fetched(ask: Ask, server: Loopback) -> None:
     """A URL whose type is known is the service's to fetch: the one request is the prompt."""
     ask("What?", "autonomous-vision", attachments=[llm.Attachment(type="image/png", url=f"{server.url}/cat.png")])
     assert [request.method for request in server.requests] == ["POST"]
-
-
-def test_a_conversation_begun_with_another_model_goes_on(ask: Ask, service: HTTPXMock) -> None:
-    """A chain with an image, reasoning, a tool call and its result reaches a text model as text."""
-    chain = [
-        message("user", TextPart("What?"), picture(type="image/png", content=PNG)),
-        message("assistant", ReasoningPart("secret thought"), ToolCallPart("look", {"at": "it"}, "1")),
-        message("tool", ToolResultPart("look", "a cat", "1")),
-        assistant("A cat."),
-        user("Sure?"),
-    ]
-    assert ask(None, messages=chain).text == "fine"
-    assert messages_of(only(service)) == [
-        {"role": "user", "content": "What?\n[image/png attachment, not shown to this model]"},
-        {"role": "assistant", "content": '[called the tool look with {"at": "it"}]'},
-        {"role": "user", "content": "[the tool look returned: a cat]"},
-        {"role": "assistant", "content": "A cat."},
-        {"role": "user", "content": "Sure?"},
-    ]
 
 
 # The empty prompt
@@ -406,6 +306,7 @@ def test_a_conversation_begun_with_another_model_goes_on(ask: Ask, service: HTTP
         pytest.param({"prompt": ""}, id="empty"),
         pytest.param({"prompt": "", "tools": [llm.Tool("look")]}, id="tools only"),
         pytest.param({"prompt": None, "schema": {"type": "object"}}, id="a schema only"),
+        pytest.param({"prompt": None, "fragments": [""]}, id="an empty fragment"),
         pytest.param({"prompt": None, "messages": []}, id="no messages"),
     ],
 )
@@ -418,30 +319,19 @@ def test_an_empty_prompt_is_an_error_before_anything_is_sent(
 
 
 @pytest.mark.parametrize(
-    "prompt",
+    ("prompt", "last"),
     [
-        {"prompt": "", "attachments": [llm.Attachment(type="image/png", content=PNG)]},
-        {"prompt": None, "fragments": ["a fragment"]},
-        {"prompt": "0"},
+        pytest.param({"prompt": None, "fragments": ["a fragment"]}, user("a fragment"), id="a fragment alone"),
+        pytest.param({"prompt": "0"}, user("0"), id="a short prompt"),
+        pytest.param({"prompt": " \t\u2028"}, user(" \t\u2028"), id="blanks"),
+        pytest.param({"prompt": "", "system": "Be brief"}, system("Be brief"), id="a system prompt alone"),
+        pytest.param({"messages": [user("Count"), assistant("one,")]}, assistant("one,"), id="a begun answer"),
     ],
-    ids=["an image alone", "a fragment alone", "a short prompt"],
 )
-def test_a_prompt_need_not_be_typed_text(ask: Ask, service: HTTPXMock, prompt: dict[str, Any]) -> None:
-    """An image or a fragment is a prompt."""
-    assert ask(model="autonomous-vision", **prompt).text == "fine"
-    assert len(service.get_requests()) == 1
-
-
-def test_a_system_prompt_alone_is_sent(ask: Ask, service: HTTPXMock) -> None:
-    """What to do may all stand in the system prompt, as it does in some templates."""
-    assert ask("", system="Be brief").text == "fine"
-    assert messages_of(only(service)) == [{"role": "system", "content": "Be brief"}]
-
-
-def test_messages_that_end_with_the_beginning_of_an_answer_are_sent(ask: Ask, service: HTTPXMock) -> None:
-    """A model may be given the first words of its answer."""
-    assert ask(None, messages=[user("Count"), assistant("one, two")]).text == "fine"
-    assert messages_of(only(service))[-1] == {"role": "assistant", "content": "one, two"}
+def test_a_prompt_need_not_be_typed_text(ask: Ask, service: HTTPXMock, prompt: dict[str, Any], last: Message) -> None:
+    """A fragment or a system prompt is one; a model may be given the first words of its answer."""
+    assert ask(**{"prompt": None, **prompt}).text == "fine"
+    assert messages_of(only(service))[-1] == {"role": last.role, "content": last.parts[0].text}
 
 
 def test_nothing_typed_in_a_conversation_is_an_empty_prompt(service: HTTPXMock) -> None:
@@ -457,45 +347,38 @@ def test_nothing_typed_in_a_conversation_is_an_empty_prompt(service: HTTPXMock) 
 
 
 @pytest.mark.parametrize(
-    "proxy", ["http://proxy:3128", "https://proxy", "socks5://127.0.0.1:1080", "socks5h://[::1]:1080/", "", None]
+    ("option", "given", "taken"),
+    [
+        *(("proxy", url, url) for url in ("http://proxy:3128", "https://proxy", "socks5://127.0.0.1:1080", "", None)),
+        ("proxy", "socks5h://[::1]:1080/", "socks5h://[::1]:1080/"),
+        ("timeout", 5, 5.0),
+        ("timeout", "0.5", 0.5),
+        ("timeout", 86_400, 86_400.0),
+        ("timeout", None, None),
+    ],
 )
-def test_a_proxy_url_is_taken(proxy: str | None) -> None:
-    """All four kinds of proxy URL, none for this prompt, and no word of it."""
-    assert AutonomousOptions(proxy=proxy).proxy == proxy
+def test_an_option_is_taken(option: str, given: Any, taken: Any) -> None:
+    """All four kinds of proxy URL, or none; seconds as a number, or as text, as the command line has them."""
+    assert getattr(AutonomousOptions(**{option: given}), option) == taken
+
+
+NO_PROXIES = (
+    "proxy proxy:3128 127.0.0.1:3128 ftp://proxy socks4://proxy http:// http://:3128 http://proxy:port "
+    "http://proxy:99999 http://[::1"
+)
 
 
 @pytest.mark.parametrize(
-    "proxy",
+    ("option", "given", "words"),
     [
-        "proxy",
-        "proxy:3128",
-        "127.0.0.1:3128",
-        "ftp://proxy",
-        "socks4://proxy",
-        "http://",
-        "http://:3128",
-        "http://proxy:port",
-        "http://proxy:99999",
-        "http://[::1",
+        *(("proxy", url, "must be an http://, https://, socks5:// or socks5h:// URL") for url in NO_PROXIES.split()),
+        *(("timeout", given, "timeout") for given in (0, -1, "0", "nan", "inf", "-inf", "soon", "", 86_401)),
     ],
 )
-def test_what_is_no_proxy_url_is_refused(proxy: str) -> None:
-    """The error says what kinds of URL there are."""
-    with pytest.raises(ValidationError, match="must be an http://, https://, socks5:// or socks5h:// URL with a host"):
-        AutonomousOptions(proxy=proxy)
-
-
-@pytest.mark.parametrize(("given", "seconds"), [(5, 5.0), ("0.5", 0.5), (86_400, 86_400.0), (None, None)])
-def test_a_timeout_is_seconds(given: Any, seconds: float | None) -> None:
-    """A number, or the text of one, as the command line gives it."""
-    assert AutonomousOptions(timeout=given).timeout == seconds
-
-
-@pytest.mark.parametrize("timeout", [0, -1, "0", "nan", "inf", "-inf", "soon", "", 86_401])
-def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
-    """Zero, less, endless and words."""
-    with pytest.raises(ValidationError, match="timeout"):
-        AutonomousOptions(timeout=timeout)
+def test_what_is_no_option_is_refused(option: str, given: Any, words: str) -> None:
+    """The error says what kinds of URL there are; a timeout is not zero, less, endless or a word."""
+    with pytest.raises(ValidationError, match=words):
+        AutonomousOptions(**{option: given})
 
 
 def test_there_is_no_other_option() -> None:
@@ -505,22 +388,14 @@ def test_there_is_no_other_option() -> None:
         AutonomousOptions.model_validate({"temperature": 0.5})
 
 
-SECRET_PROXIES = [
-    "http://me:hunter2@proxy:3128",
-    "https://hunter2@proxy",
-    "socks5://me:hunter2@127.0.0.1:1080",
-    "socks5h://:hunter2@proxy",
-    "me:hunter2@proxy:3128",
-    "http://me:hunter2@",
-    "http://me:hunter2@proxy:port",
-    "http://me:hunter2@[::1",
-    "ftp://me:hunter2@proxy",
-    "http://me:hunter2\uff20proxy",
-    "http://me:hunter2%40proxy",
-]
+SECRET_PROXIES = (
+    "http://me:hunter2@proxy:3128 https://hunter2@proxy socks5://me:hunter2@127.0.0.1:1080 socks5h://:hunter2@proxy "
+    "me:hunter2@proxy:3128 http://me:hunter2@ http://me:hunter2@proxy:port http://me:hunter2@[::1 "
+    "ftp://me:hunter2@proxy http://me:hunter2\uff20proxy http://me:hunter2%40proxy"
+)
 
 
-@pytest.mark.parametrize("proxy", SECRET_PROXIES)
+@pytest.mark.parametrize("proxy", SECRET_PROXIES.split())
 def test_a_refused_proxy_is_never_repeated(proxy: str) -> None:
     """Neither the words of the error nor its traceback hold what was given."""
     with pytest.raises(ValidationError) as caught:
@@ -528,14 +403,6 @@ def test_a_refused_proxy_is_never_repeated(proxy: str) -> None:
     said = [str(caught.value), repr(caught.value), *(error["msg"] for error in caught.value.errors())]
     assert "hunter2" not in "".join([*said, *traceback.format_exception(caught.value)])
     assert "@" not in proxy or "set HTTPS_PROXY instead" in str(caught.value)
-
-
-@pytest.mark.parametrize("prompt", [llm.get_model, llm.get_async_model], ids=["sync", "async"])
-def test_a_proxy_with_a_password_is_refused_in_python(prompt: Any) -> None:
-    """`prompt` raises before it begins, in words without the password."""
-    with pytest.raises(ValidationError, match="HTTPS_PROXY") as caught:
-        prompt("autonomous-llama").prompt("hi", proxy=SECRET_PROXIES[0])
-    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +421,7 @@ def test_a_proxy_with_a_password_is_refused_by_every_command(
 ) -> None:
     """The command line says what to do instead, repeats no password, and writes none down."""
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")  # where a prompt goes if it is not refused
-    result = CliRunner().invoke(cli, command.format(SECRET_PROXIES[0]).split())
+    result = CliRunner().invoke(cli, command.format(SECRET_PROXIES.split()[0]).split())
     assert result.exit_code == 1
     assert "set HTTPS_PROXY instead" in result.output
     assert "hunter2" not in result.output

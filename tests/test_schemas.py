@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any, Literal
 
+import llm
 import pytest
 from conftest import (
     CLEO,
@@ -25,10 +26,10 @@ from conftest import (
     run,
     texts,
 )
-from loopback import ENDPOINTS, Loopback, speak
+from loopback import DONE, ENDPOINTS, Loopback, delta, event, say, speak
 from pydantic import BaseModel
 
-from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, schema_instructions
+from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, SHORTER, schema_instructions
 
 REX = '{"name": "Rex, the larger one", "age": 1}'
 DOGS = {"type": "object", "properties": {"items": {"type": "array", "items": DOG}}, "required": ["items"]}
@@ -88,6 +89,7 @@ WRITTEN = {  # what the model writes for DOG, of which CLEO is the answer
     "braces and a quote in the words": f'Use {{"name"}} so: {CLEO}',
     "other JSON in the words": f'For {{"breed": "any"}} it is {CLEO}, and not [1, 2].',
     "a match after a wrong one": f'Not {{"name": "Cleo", "age": "not known to anybody"}} but {CLEO}',
+    "after a list that is broken": f"[{REX}, and more] {CLEO}",
     "the last of several that match": f"It is {REX}. No, wait, {REX} is wrong: {CLEO}",
     "the last that matches": f'{REX} or {CLEO}, but not {{"name": "Bo"}} or [4]',
     "reasoning before it": f"Well. <think>Is it {REX}?</think> {CLEO}",
@@ -105,6 +107,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "such a list among words": (DOGS, f"These: [{CLEO}] are they.", {"items": [strict(CLEO)]}),
     "such a list that is empty": (DOGS, "[]", {"items": []}),
     "nested": (TREE, json.dumps({"name": "root", "nodes": [LEAF]}), {"name": "root", "nodes": [LEAF]}),
+    "list where an object may be as well": ({"required": ["items"]}, "[1]", [1]),
     "list": ({"type": "array", "items": DOG}, f"[{CLEO}, {CLEO}]", [strict(CLEO)] * 2),
     "list in a fence": ({"type": "array"}, "```json\n[1,\n2]\n```", [1, 2]),
     "list among words": ({"type": "array"}, "These: [1, [2]] are they.", [1, [2]]),
@@ -136,6 +139,7 @@ COPIED = "it repeats the schema, without values"
 NONE = "it holds no JSON"
 REJECTED = {  # a schema, what the model writes, and the problem
     "missing key": (DOG, '{"name": "Cleo"}', 'at $, the schema has {"required": ["name", "age"]}'),
+    "missing key around a list": (DOGS, f'{{"dogs": [{CLEO}]}}', 'at $, the schema has {"required": ["items"]}'),
     "wrong type": (DOG, WRONG_AGE, AGE),
     "wrong type in a list": ({"items": DOG}, f"[{CLEO}, {WRONG_AGE}]", AGE.replace("$", "$[1]")),
     "wrong type in a list that is wrapped": (DOGS, f"[{CLEO}, {WRONG_AGE}]", AGE.replace("$", "$.items[1]")),
@@ -266,6 +270,26 @@ def test_answer_larger_than_the_bound(ask: Ask, server: Loopback, monkeypatch: p
     server.answer = texts(*["x" * 1000] * 9)
     assert "larger than" in ask(schema=DOG).line
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("reason", ["length", "max_tokens"])
+@pytest.mark.parametrize(
+    ("given", "half", "whole"),
+    [({"schema": DOG}, CLEO[:9], CLEO), ({"tools": [llm.Tool.function(now)]}, NOW_TAG[:30], "<tool_")],
+    ids=["schema", "tool"],
+)
+def test_answer_that_reaches_the_limit(
+    given: Any, half: str, whole: str, reason: str, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of half an answer, the error and the question to the model say first that it was too long; a whole one is one."""
+    end = [event(delta(finish_reason=reason)), DONE]
+    server.answer = say([event(delta(half)), *end])
+    limit = f"because it reached the model's limit (finish reason: {reason}): "
+    assert ask(**given).line.startswith(f"127.0.0.1:{server.port}: the answer was cut short {limit}")
+    assert server.last.messages[-1]["content"].startswith(SHORTER)
+    server.answer = say([event(delta(whole)), *end])
+    assert ask(**given).text == whole
+    assert reason in caplog.text
 
 
 # Tools and a schema

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Ask, invoke
-from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
-from proxies import PEM, Proxy, TlsLoopback, cut, free_port, refuse, run_python, tls
+from loopback import DONE, Answer, Loopback, delta, event, say
+from proxies import PEM, Proxy, TlsLoopback, cut, free_port, run_python, tls
 
 import llm_autonomous
 
@@ -36,10 +36,10 @@ VERIFY_VARIABLES = {"PYTHONHTTPSVERIFY": "0", "SSL_VERIFY": "0", "CURL_CA_BUNDLE
 
 @pytest.mark.parametrize("scheme", [None, "http", "socks5"])
 def test_unknown_authority_is_refused(
-    scheme: str | None, ask: Ask, tls_server: Loopback, monkeypatch: pytest.MonkeyPatch
+    scheme: str | None, ask: Ask, tls_server: Loopback, monkeypatch: pytest.MonkeyPatch, sleeps: list[float]
 ) -> None:
-    """A certificate that no known authority signed gets no prompt, through a proxy or not, and nothing turns that
-    off."""
+    """A certificate that no known authority signed gets no prompt, through a proxy or not, and no second attempt.
+    Nothing turns that off."""
     assert set(llm_autonomous.AutonomousOptions.model_fields) == {"proxy", "timeout"}
     for name, value in VERIFY_VARIABLES.items():
         monkeypatch.setenv(name, value)
@@ -47,7 +47,7 @@ def test_unknown_authority_is_refused(
         line = ask(**({"proxy": proxy.url} if scheme else {})).line
     assert "its certificate cannot be verified: self-signed certificate" in line
     assert "SSL_CERT_FILE" in line
-    assert tls_server.requests == []
+    assert (tls_server.requests, sleeps) == ([], [])
 
 
 def test_certificate_of_another_host_is_refused(
@@ -69,23 +69,6 @@ def test_certificate_of_a_proxy_is_verified(ask: Ask, server: Loopback) -> None:
         assert "its certificate cannot be verified" in ask(proxy=proxy.url).line
         assert proxy.targets == []
     assert server.requests == []
-
-
-# Redirects are never followed
-
-
-@pytest.mark.parametrize(
-    ("status", "path"),
-    [(301, None), (302, None), (303, None), (307, None), (308, None), (307, "/api/v1/ai/chat-hermes")],
-)
-def test_redirects_are_never_followed(status: int, path: str | None, ask: Ask, server: Loopback) -> None:
-    """A redirect, to another host or to the same, is an error that says where to, and nobody hears the prompt again."""
-    with Loopback() as elsewhere:
-        target = path or f"{elsewhere.url}/api/v1/ai/chat"
-        server.answer = refuse(status, location=target)
-        assert f"redirects to {target}, which is not followed" in ask().line
-        assert elsewhere.connections == 0
-    assert len(server.requests) == 1
 
 
 # A prompt goes to no host but the one that is set; nothing that a server sends is executed or written to disk
@@ -189,7 +172,7 @@ def test_cookies_of_a_server_are_not_sent_back(ask: Ask, server: Loopback) -> No
     assert names[0] == names[1]
 
 
-# No secret in logs, errors or process arguments
+# No secret in logs, errors or the database
 
 
 def everything_said(answer_error: BaseException | None, caplog: pytest.LogCaptureFixture) -> str:
@@ -199,26 +182,35 @@ def everything_said(answer_error: BaseException | None, caplog: pytest.LogCaptur
     return "\n".join(said)
 
 
-@pytest.mark.parametrize("scheme", ["http", "socks5", "socks5h"])
-@pytest.mark.parametrize("fails", [False, True], ids=["answered", "failing"])
+@pytest.mark.parametrize(
+    ("scheme", "refusal", "answer"),
+    [
+        *((scheme, None, None) for scheme in ("http", "socks5", "socks5h")),
+        *((scheme, None, HOSTILES[1]) for scheme in ("http", "socks5", "socks5h")),
+        ("http", "403 Forbidden", None),
+        ("http", "407 Proxy Authentication Required", None),
+    ],
+)
 def test_password_of_a_proxy_is_not_logged(
-    fails: bool,
     scheme: str,
+    refusal: str | None,
+    answer: Answer | None,
     ask: Ask,
     server: Loopback,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    no_backoff: None,
 ) -> None:
-    """The password of a proxy in the environment reaches the proxy, and no log of whatever level, and no error."""
+    """The password of a proxy in the environment reaches the proxy, and no log of whatever level, and no error: neither
+    the server's nor that of a proxy which refuses it."""
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://service.test:{server.port}")
-    server.answer = HOSTILES[1] if fails else server.answer
-    with Proxy(scheme) as proxy, caplog.at_level(logging.DEBUG):
+    server.answer = answer or server.answer
+    with Proxy(scheme, refusal) as proxy, caplog.at_level(logging.DEBUG):
         monkeypatch.setenv("ALL_PROXY", proxy.url_for(f"user:{SECRET}"))
-        answer = ask()
+        said = ask()
         assert proxy.credentials == {f"user:{SECRET}"}
-    assert bool(answer.error) == fails
-    assert SECRET not in everything_said(answer.error, caplog)
+    assert bool(said.error) == bool(answer or refusal)
+    assert (refusal or "") in str(said.error)
+    assert SECRET not in everything_said(said.error, caplog)
 
 
 @pytest.mark.parametrize(
@@ -251,20 +243,6 @@ def test_password_of_what_does_not_work_is_not_told(
     assert ("AUTONOMOUS_BASE_URL must be" in answer.line) == (variable == "AUTONOMOUS_BASE_URL")
     assert SECRET not in everything_said(answer.error, caplog)
     assert server.requests == []
-
-
-@pytest.mark.parametrize("status", ["403 Forbidden", "407 Proxy Authentication Required"])
-def test_password_that_a_proxy_refuses_is_not_told(
-    status: str, ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A proxy that does not take the password is an error that does not repeat it."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
-    with Proxy(refusal=status) as proxy, caplog.at_level(logging.DEBUG):
-        monkeypatch.setenv("HTTPS_PROXY", proxy.url_for(f"user:{SECRET}"))
-        answer = ask()
-        assert proxy.credentials == {f"user:{SECRET}"}
-    assert status in answer.line
-    assert SECRET not in everything_said(answer.error, caplog)
 
 
 def test_passwords_are_not_in_the_database(server: Loopback, user_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,44 +284,16 @@ def test_password_in_the_proxy_option_is_refused(proxy: str, server: Loopback, u
 RAW = "\x1b]0;owned\x07\x1b[31mred\r\n\tnext\x00\x9b2J\u202eevil\u2028line"
 
 
-def raw_status(words: bytes, headers: bytes = b"", body: bytes = b"") -> Answer:
-    async def answer(request: Request, connection: Connection) -> None:
-        length = b"content-length: %d\r\n" % len(body)
-        await connection.raw(b"HTTP/1.1 " + words + b"\r\n" + headers + length + b"\r\n" + body)
-
-    return answer
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        pytest.param(raw_status(b"400 Bad", body=RAW.encode()), id="plain text"),
-        pytest.param(raw_status(b"400 Bad", body=b'{"error": "\\u001b[31m\\u009bevil \\u202e"}'), id="JSON"),
-        pytest.param(raw_status(b"403 Bad", body=f"<html><title>{RAW}evil</title>".encode()), id="title"),
-        pytest.param(raw_status(b"400 \x9b31mevil \x9c"), id="reason phrase"),
-        pytest.param(raw_status(b"302 Found", b"location: http://evil\x9b31m\xff/\r\n"), id="location"),
-        pytest.param(raw_status(b"200 OK", b"content-encoding: evil\x9b31m\r\n", b"x"), id="encoding"),
-        pytest.param(raw_status(b"503 Bad", b"retry-after: 99\r\n", RAW.encode()), id="retry"),
-        pytest.param(raw_status(b"200 \x1b[31mevil\x07"), id="not HTTP"),
-        pytest.param(say([event({"error": {"message": RAW}})]), id="error in the stream"),
-        pytest.param(say([b"data: " + RAW.encode() + b"\n\n"]), id="malformed event"),
-        pytest.param(say([event({"choices": [RAW + "evil"]})]), id="unknown shape"),
-        pytest.param(say([f"<html><title>{RAW}</title>".encode()]), id="page"),
-        pytest.param(say([event(delta(finish_reason=RAW))]), id="finish reason"),
-    ],
-)
-def test_words_of_a_server_are_not_raw_in_an_error(
-    answer: Answer, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture, no_backoff: None
+def test_words_of_a_server_are_quoted_in_retries(
+    ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture, no_backoff: None
 ) -> None:
-    """Terminal escapes, control and direction characters of a server are in no error and no log of the plugin, retries
-    included."""
-    server.answers += [raw_status(b"503 Bad", body=RAW.encode()), answer]
+    """Terminal escapes, control and direction characters are not in the log lines of retries either."""
+    server.answers += [say([RAW.encode()], status="503 Bad")]
     with caplog.at_level(logging.INFO, "llm_autonomous"):
-        line = ask().line  # asserts that it is printable
-    assert len(line) < 600
-    words = [record.getMessage() for record in caplog.records if record.name == "llm_autonomous"]
-    assert "owned" in words[0]
-    assert all(word.isprintable() for word in words)
+        assert ask().text == GOOD
+    [words] = [record.getMessage() for record in caplog.records if record.name == "llm_autonomous"]
+    assert "owned" in words
+    assert words.isprintable()
 
 
 def test_words_of_a_proxy_are_not_raw_in_an_error(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,12 +301,3 @@ def test_words_of_a_proxy_are_not_raw_in_an_error(ask: Ask, monkeypatch: pytest.
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://service.test")
     with Proxy(refusal="403 \x9b31mevil\xad") as proxy:
         assert "evil" in ask(proxy=proxy.url).line
-
-
-def test_error_of_the_command_line_is_one_plain_line(server: Loopback) -> None:
-    """What reaches the terminal of a user has no escape in it."""
-    server.answer = raw_status(b"400 Bad", body=RAW.encode())
-    _, stderr, code = invoke("-m", "autonomous-llama", "hi")
-    assert code == 1
-    assert stderr.startswith("Error: ")
-    assert stderr.rstrip("\n").isprintable()

@@ -149,28 +149,33 @@ class Case:
         return whole[: self.random.randrange(len("data: {"), len(whole) - len("}\n\n"))] if cut else whole
 
 
-# What the server does: an act is one step after another
+# What the server does: an act is a name, and steps, one after the other
 
-Step = Callable[[Case, Connection], Awaitable[None]]
-Act = tuple[Step, ...]
-
-
-async def head(case: Case, connection: Connection) -> None:
-    await connection.head()
+Step = str | bytes | Callable[[Case, Connection], Awaitable[None]]
 
 
-async def begin(case: Case, connection: Connection) -> None:
-    """Send the first events of a reply, at least one of them with text."""
-    await connection.head()
-    await connection.send(case.first_events())
-
-
-async def half_an_event(case: Case, connection: Connection) -> None:
-    await connection.send(case.last_event(cut=True))
-
-
-async def half_a_chunk(case: Case, connection: Connection) -> None:
-    await connection.raw(b"%x\r\n%s" % (len(case.last_event()), case.last_event(cut=True)))
+async def take(step: Step, case: Case, connection: Connection) -> None:
+    """Take one step of an act: bytes go outside of HTTP's framing."""
+    match step:
+        case bytes():
+            await connection.raw(step)
+        case "begin":
+            await connection.head()
+            await connection.send(case.first_events())
+        case "half an event":
+            await connection.send(case.last_event(cut=True))
+        case "half an HTTP chunk":
+            await connection.raw(b"%x\r\n%s" % (len(case.last_event()), case.last_event(cut=True)))
+        case "begin, half an event":
+            await connection.raw(case.first_events() + case.last_event(cut=True))
+        case "body":
+            await connection.raw(case.body())
+        case "reset":
+            await connection.drop(reset=True)
+        case str():
+            await getattr(connection, step)()
+        case _:
+            await step(case, connection)
 
 
 async def garbled_event(case: Case, connection: Connection) -> None:
@@ -187,44 +192,16 @@ async def foreign_value(case: Case, connection: Connection) -> None:
     await connection.whole(b"".join(map(event, chunks)) + DONE)
 
 
-async def in_packets(case: Case, connection: Connection) -> None:
+async def packets(case: Case, connection: Connection) -> None:
     # Cut where TCP may cut: within the head, and within the lengths of the chunks.
-    await connection.raw(b"HTTP/1.1 200 O")
-    await asyncio.sleep(0.005)
-    await connection.raw(b"K\r\ntransfer-encoding: chunked\r\n\r\n")
     body = case.body()
-    for piece in case.cut(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)):
+    head = (b"HTTP/1.1 200 O", b"K\r\ntransfer-encoding: chunked\r\n\r\n")
+    for piece in (*head, *case.cut(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))):
         await connection.raw(piece)
         await asyncio.sleep(0.005)
 
 
-async def end(case: Case, connection: Connection) -> None:
-    await connection.end()
-
-
-async def drop(case: Case, connection: Connection) -> None:
-    await connection.drop()
-
-
-async def reset(case: Case, connection: Connection) -> None:
-    await connection.drop(reset=True)
-
-
-async def stall(case: Case, connection: Connection) -> None:
-    await connection.stall()
-
-
-def raw(*choices: bytes) -> Step:
-    """One of these, outside of HTTP's framing."""
-    return lambda case, connection: connection.raw(case.random.choice(choices))
-
-
-def send(*choices: bytes) -> Step:
-    """One of these, as an HTTP chunk."""
-    return lambda case, connection: connection.send(case.random.choice(choices))
-
-
-def whole(status: str, *bodies: bytes, **headers: str) -> Act:
+def whole(status: str, *bodies: bytes, **headers: str) -> tuple[Step]:
     """A reply that is complete, with one of these bodies."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     return (lambda case, connection: connection.whole(case.random.choice(bodies), status, names),)
@@ -242,34 +219,20 @@ def good(pack: Callable[[bytes], bytes] = bytes, pause: float = 0.0, dialect: st
     return step
 
 
-async def in_one_piece(case: Case, connection: Connection) -> None:
-    await connection.whole(case.body())
-
-
-async def last_bytes(case: Case, connection: Connection) -> None:
-    await connection.raw(case.body())
-
-
-async def first_and_half_an_event(case: Case, connection: Connection) -> None:
-    await connection.raw(case.first_events() + case.last_event(cut=True))
-
-
-NO_LENGTH = raw(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+NO_LENGTH = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 CHALLENGE = b"<!DOCTYPE html>\n<html><title>Just a moment...</title></html>"
 PAGE = b"\n<html>\n<title>Welcome</title>\n</html>\n"
 NO_TEXT = (b"", b"\n\n", b"data: [DONE]\n\n", b": nothing\n\n", event(delta(finish_reason="stop")))
-NOT_HTTP = (b"\x16\x03\x01\x02\x00\xff\r\n\r\n", b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n")
-ERRORS = (event({"error": {"message": "out of memory"}}), event({"error": "out of memory"}))
 
 # Faults that another attempt gets over
-PASSING: dict[str, Act] = {
-    "dropped before the head": (drop,),
-    "dropped in the head": (raw(b"HTTP/1.1 200 OK\r\ncontent-ty"), drop),
-    "dropped after the head": (head, drop),
-    "dropped after a head with a length": (raw(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n"), drop),
-    "dropped in the first event": (head, half_an_event, drop),
-    "reset before the head": (reset,),
-    "reset after the head": (head, reset),
+PASSING: dict[str, tuple[Step, ...]] = {
+    "dropped before the head": ("drop",),
+    "dropped in the head": (b"HTTP/1.1 200 OK\r\ncontent-ty", "drop"),
+    "dropped after the head": ("head", "drop"),
+    "dropped after a head with a length": (b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n", "drop"),
+    "dropped in the first event": ("head", "half an event", "drop"),
+    "reset before the head": ("reset",),
+    "reset after the head": ("head", "reset"),
     "429": whole("429 Too Many Requests", b'{"error": {"message": "too many"}}', b'{"detail": "too many"}'),
     "429 with a date": whole("429 Too Many", b"", retry_after="Wed, 21 Oct 2015 07:28:00 GMT"),
     "429 with words": whole("429 Too Many", b"", retry_after="soon"),
@@ -278,23 +241,25 @@ PASSING: dict[str, Act] = {
     "500": whole("500 Internal Server Error", b""),
     "502": whole("502 Bad Gateway", b""),
     "504": whole("504 Timeout", b""),
-    "503 dropped": (raw(b"HTTP/1.1 503 Sorry\r\ncontent-length: 1000\r\n\r\nThe serv"), drop),
+    "503 dropped": (b"HTTP/1.1 503 Sorry\r\ncontent-length: 1000\r\n\r\nThe serv", "drop"),
 }
 
-# Faults that end a prompt. Those that begin so come after some of the text.
-FATAL: dict[str, Act] = {
-    "in the text, dropped": (begin, drop),
-    "in the text, dropped within an event": (begin, half_an_event, drop),
-    "in the text, dropped within an HTTP chunk": (begin, half_a_chunk, drop),
-    "in the text, closed within an event": (NO_LENGTH, first_and_half_an_event, drop),
-    "in the text, a garbled event": (begin, garbled_event, end),
-    "in the text, a garbled HTTP chunk": (begin, raw(b"\xfe\xff\r\n"), drop),
-    "in the text, an error": (begin, send(*ERRORS), end),
-    "reset in the text": (begin, reset),
-    "silent before the head": (stall,),
-    "silent after the head": (head, stall),
-    "silent in the text": (begin, half_an_event, stall),
-    "garbled head": (raw(*NOT_HTTP), drop),
+# Faults that end a prompt
+FATAL: dict[str, tuple[Step, ...]] = {
+    "in the text, dropped": ("begin", "drop"),
+    "in the text, dropped within an event": ("begin", "half an event", "drop"),
+    "in the text, dropped within an HTTP chunk": ("begin", "half an HTTP chunk", "drop"),
+    "in the text, closed within an event": (NO_LENGTH, "begin, half an event", "drop"),
+    "in the text, a garbled event": ("begin", garbled_event, "end"),
+    "in the text, a garbled HTTP chunk": ("begin", b"\xfe\xff\r\n", "drop"),
+    "in the text, an error": (NO_LENGTH, event(delta("(")), event({"error": {"message": "out of memory"}}), "drop"),
+    "in the text, an error that is a string": (NO_LENGTH, event(delta("(")), event({"error": "full"}), "drop"),
+    "reset in the text": ("begin", "reset"),
+    "silent before the head": ("stall",),
+    "silent after the head": ("head", "stall"),
+    "silent in the text": ("begin", "half an event", "stall"),
+    "not HTTP": (b"\x16\x03\x01\x02\x00\xff\r\n\r\n", "drop"),
+    "garbled head": (b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n", "drop"),
     "garbled gzip": whole("200 OK", b"\xff" * 100, content_encoding="gzip"),
     "garbled deflate": whole("200 OK", b"\xff" * 100, content_encoding="deflate"),
     "two encodings": whole("200 OK", event(delta("text", "stop")), content_encoding="gzip, br"),
@@ -307,17 +272,18 @@ FATAL: dict[str, Act] = {
     "empty": whole("200 OK", *NO_TEXT),
 }
 
-GOOD: dict[str, Act] = {
-    "in one piece": (in_one_piece,),
-    "in pieces": (good(content_type="text/plain"), end),
-    "in slow drips": (good(pause=0.01), end),
-    "in packets": (in_packets,),
-    "up to the close": (NO_LENGTH, last_bytes, drop),
-    "in gzip": (good(gzip.compress, content_encoding="gzip"), end),
-    "in deflate": (good(zlib.compress, content_encoding="deflate"), end),
+GOOD: dict[str, tuple[Step, ...]] = {
+    "in one piece": (lambda case, connection: connection.whole(case.body()),),
+    "in pieces": (good(content_type="text/plain"), "end"),
+    "in slow drips": (good(pause=0.01), "end"),
+    "in packets": (packets,),
+    "up to the close": (NO_LENGTH, "body", "drop"),
+    "in gzip": (good(gzip.compress, content_encoding="gzip"), "end"),
+    "in deflate": (good(zlib.compress, content_encoding="deflate"), "end"),
     "with a foreign value": (foreign_value,),
-    "and a drop after [DONE]": (good(dialect="events"), drop),
-    "and silence after [DONE]": (good(dialect="CRLF"), stall),
+    "and a drop after [DONE]": (good(dialect="events"), "drop"),
+    "and garbage after [DONE]": (good(dialect="events"), b"this is no chunk\r\n\r\n", "drop"),
+    "and silence after [DONE]": (good(dialect="CRLF"), "stall"),
 }
 ACTS = {**PASSING, **FATAL, **GOOD}
 
@@ -353,7 +319,7 @@ class Storm:
         self.replying += 1
         try:
             for step in ACTS[act]:
-                await step(case, connection)
+                await take(step, case, connection)
         finally:
             self.replying -= 1
 
@@ -454,23 +420,16 @@ def test_no_prompt(wrong: str, storm: Storm) -> None:
     assert [(case.number, case.dialect, case.acts, case.text, case.error) for case in found] == []
 
 
-def test_nothing_but_the_prompts_is_requested(storm: Storm) -> None:
-    """No redirect is followed."""
+def test_plain_prompts_work_after_the_storm(storm: Storm) -> None:
+    """Neither the sync client nor the one of the event loop is worse for it, and no redirect was followed."""
+    assert storm.plain == ["llama heard: still there?"] * 2
     assert storm.lost == []
 
 
-def test_plain_prompts_work_after_the_storm(storm: Storm) -> None:
-    """Neither the sync client nor the one of the event loop is worse for it."""
-    assert storm.plain == ["llama heard: still there?"] * 2
-
-
-def test_unfinished_replies_are_left(storm: Storm) -> None:
-    """No connection is still in a reply: all that are open can serve the next prompts, and prompts share them."""
+def test_storm_leaves_no_connection(storm: Storm) -> None:
+    """No connection is still in a reply: prompts share those that are open. The end of the loop leaves none that an
+    async prompt used, and the end of the sync client leaves none at all."""
     assert storm.replying == 0
     assert 0 < storm.open <= THREADS + TASKS
-
-
-def test_connections_end_with_the_event_loop_and_the_sync_client(storm: Storm) -> None:
-    """The end of the loop leaves none that an async prompt used, and the end of the sync client leaves none at all."""
     assert storm.open_after_loop == set()
     assert storm.open_at_the_end == 0

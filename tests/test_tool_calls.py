@@ -34,6 +34,7 @@ BOTH_JSON = f"[{ADD_JSON}, {NOW_JSON}]"
 NOW_TAG = f"<tool_call>{NOW_JSON}</tool_call>"
 ADD_TAG = f"<tool_call>\n{ADD_JSON}\n</tool_call>"
 INDENTED = "\n".join(json.dumps(json.loads(call), indent=2) for call in (ADD_JSON, NOW_JSON))
+ODD_STRING = """</tool_call> }{ <tool_call>{ it's "{" C:\\ \\" [ <tools>"""
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
 TOOL = f'{{"name": "add", "description": "Adds", "parameters": {SCHEMA}}}'
 OPENAI_TOOL = f'{{"type": "function", "function": {TOOL}}}'
@@ -96,10 +97,8 @@ def cuttings(text: str) -> Iterator[list[str]]:
 CALLS: dict[str, tuple[str, Parts]] = {
     # Hermes
     "in lines": (ADD_TAG, [ADD]),
-    "without spaces": ('<tool_call>{"name":"add","arguments":{"a":1}}</tool_call>', [ADD]),
     "indented": (f"<tool_call>\n{json.dumps(json.loads(ADD_JSON), indent=2)}\n</tool_call>\n", [ADD]),
     "much white space": (f"<tool_call> \n\t\r\n  {ADD_JSON} \n\n </tool_call>  \n", [ADD]),
-    "two tags": (f"{ADD_TAG}\n{NOW_TAG}", [ADD, NOW]),
     "two tags with nothing between": (f"{ADD_TAG}{NOW_TAG}", [ADD, NOW]),
     "two in one tag": (f"<tool_call>\n{ADD_JSON}\n{NOW_JSON}\n</tool_call>", [ADD, NOW]),
     "two in one tag with a semicolon": (f"<tool_call>{ADD_JSON}; {NOW_JSON}</tool_call>", [ADD, NOW]),
@@ -110,6 +109,7 @@ CALLS: dict[str, tuple[str, Parts]] = {
     "no closing tags": (f"<tool_call>{ADD_JSON}<tool_call>{NOW_JSON}", [ADD, NOW]),
     "text around": (f"One: {ADD_TAG} two: {NOW_TAG} three.", ["One:", ADD, "two:", NOW, "three."]),
     "after half a tag": (f"a <<tool_{ADD_TAG}", ["a <<tool_", ADD]),
+    "before much text": (f"a <{ADD_TAG}{' and so on' * 30}", ["a <", ADD, ("and so on " * 30).strip()]),
     "after a tag that is text": (f"The tag <tool_call> is: {ADD_TAG}", ["The tag <tool_call> is:", ADD]),
     "in a tag that is doubled": (f"<tool_call>\n{NOW_TAG}", [NOW]),
     "before tags that are text": (f"{NOW_TAG} with <tool_call>. <tool_", [NOW, "with <tool_call>. <tool_"]),
@@ -205,13 +205,9 @@ CALLS: dict[str, tuple[str, Parts]] = {
         [("add", {"a": ["é", -42, 350.0, True, None, {"b": []}]})],
     ),
     "raw line breaks": ('{"name": "add", "arguments": {"a": "x\n\ty\r\n"}}', [("add", {"a": "x\n\ty\r\n"})]),
-    "tags and braces in a string": (
-        '<tool_call>{"name": "add", "arguments": {"a": "</tool_call> }{ <tool_call>{ [ <tools> it\'s {"}}</tool_call>.',
-        [("add", {"a": "</tool_call> }{ <tool_call>{ [ <tools> it's {"}), "."],
-    ),
-    "quotes and backslashes in a string": (
-        r'<tool_call>{"name": "add", "arguments": {"a": "He said \"{hi}\"", "b": "C:\\", "c": "\\\""}}</tool_call>',
-        [("add", {"a": 'He said "{hi}"', "b": "C:\\", "c": '\\"'})],
+    "tags, braces and quotes in a string": (
+        f'<tool_call>{{"name": "add", "arguments": {{"a": {json.dumps(ODD_STRING)}}}}}</tool_call>.',
+        [("add", {"a": ODD_STRING}), "."],
     ),
     # Calls, and results that the model makes up: the answer ends with the calls
     "a made-up result after a tag": (f"{ADD_TAG}\n<tool_response>\n3\n</tool_response>\nThat makes 3.", [ADD, END]),
@@ -285,7 +281,6 @@ TEXTS = {
     "a link": "[now](https://example.com) is the time.",
     "a function that is not offered": '<function=subtract>{"a": 1}</function>',
     "python tag and code": "<|python_tag|>print(1)",
-    "half a python tag": "<|pyth",
     "quotes": "'a' \"b\" 'c\" \\' \\\"",
     "no ASCII": "Привет < 𝄞 {é}\u2028[",
 }
@@ -296,7 +291,6 @@ ASKED: dict[str, tuple[str, Parts, str]] = {
     "cut off in a string": ('<tool_call>{"name": "add", "arguments": {"a": "x}}</tool_call>', [], "no valid JSON"),
     "cut off after its first brace": ("<tool_call>{", [], "no valid JSON"),
     "cut off in a list": (f"<tool_call>[{ADD_JSON}", [], "no valid JSON"),
-    "cut off in tools": ('<tools>{"name": "no_close",', [], "no valid JSON"),
     "cut off in a fence": (f"```json\n{ADD_JSON[:-1]}\n```", [], "no valid JSON"),
     "cut off after a good one": (f'{NOW_TAG}<tool_call>{{"name"', [], "no valid JSON"),
     "bare and cut off": ('{"name": "add", "param', [], "no valid JSON"),
@@ -309,7 +303,6 @@ ASKED: dict[str, tuple[str, Parts, str]] = {
     "no value": ('<tool_call>{"name": "add", "arguments": {"a": }}</tool_call>', [], "no valid JSON"),
     "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "no valid JSON"),
     "a function without arguments": ("<function=now></function>", [], "no valid JSON"),
-    "a function with broken arguments": ('<function=add>{"a": }</function>', [], "no valid JSON"),
     "a function with parameters": ("So:\n<function=add>\n<parameter=a>1</parameter>", ["So:\n"], "no valid JSON"),
     "a function in a tag": ("<tool_call>\n<function=add>\n<parameter=a>1</parameter>", [], "no valid JSON"),
     # Python, and other spellings of a function
@@ -473,16 +466,7 @@ The result will be the amount in euros.
 ANSWERS: list[tuple[str, Parts, str | None]]  # the last is None if the model is asked about nothing
 ANSWERS = [*((text, [text], None) for text in TEXTS.values()), *((*row, None) for row in CALLS.values())]
 ANSWERS += ASKED.values()
-REAL_NAMES = {
-    "add",
-    "convert_currency",
-    "create_event",
-    "find_user",
-    "get_user",
-    "get_weather",
-    "multiply",
-    "send_email",
-}
+REAL_NAMES = {"add", "convert_currency", "find_user", "get_user", "get_weather", "multiply", "send_email"}
 REAL_ANSWERS = [answer.removesuffix("\n").split("\n", 1) for answer in REAL.split("\n== ")[1:]]
 
 
@@ -505,7 +489,7 @@ def test_answer_is_read_in_every_cutting(text: str, parts: Parts, problem: str |
         assert read(*pieces) == whole
 
 
-@pytest.mark.parametrize(("kind", "text"), REAL_ANSWERS)
+@pytest.mark.parametrize(("kind", "text"), REAL_ANSWERS, ids=range(len(REAL_ANSWERS)))
 def test_answer_of_a_real_model_is_read_in_every_cutting(kind: str, text: str) -> None:
     """Its calls are made, its made-up results and calls after words are put to it, and its JSON is text."""
     for pieces in ([text], *cuttings(text)):
@@ -576,7 +560,7 @@ ENDLESS = {  # what comes first, and what again and again
     "{": ("", "{"),
     "[": ("", "["),
     "white space": ("", " "),
-    "fences": ("", "```"),
+    "fences": ("", "``` "),
     "tags": ("", "<tool_call>"),
     "tags of a result": ("", "<tool_response>"),
     "half a tag": ("Text ", "<tool_"),
@@ -606,9 +590,9 @@ ENDLESS = {  # what comes first, and what again and again
 
 @pytest.mark.parametrize(("start", "again"), ENDLESS.values(), ids=ENDLESS)
 def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
-    """Half a megabyte of anything, in pieces of a few characters, is read in moments."""
+    """A megabyte of anything, in pieces of a few characters, is read in moments."""
     parser = ToolCallParser(NAMES)
-    for piece in in_pieces(start + again * (512 * KIB // len(again)), 16):
+    for piece in in_pieces(start + again * (1024 * KIB // len(again)), 16):
         parser.feed([piece])
     parser.feed([], end=True)
 

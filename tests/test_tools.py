@@ -34,7 +34,7 @@ from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant
 from loopback import ENDPOINTS, Connection, Loopback, Request, delta, event, speak
 from proxies import until
 
-from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT
+from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, EMPTY_RESULT, RESULT
 
 ADD_TAG = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 BROKEN_TAG = '<tool_call>{"name": "now", "arguments": </tool_call>'
@@ -43,14 +43,6 @@ BROKEN_TAG = '<tool_call>{"name": "now", "arguments": </tool_call>'
 def add(a: int, b: int = 2) -> int:
     """Add two numbers"""
     return a + b
-
-
-def fail() -> str:
-    raise ValueError("no luck")
-
-
-def quiet() -> str:
-    return ""
 
 
 @pytest.fixture
@@ -160,13 +152,15 @@ def test_attachment_of_a_result_goes_as_pictures_do(name: str, chain: Chain, ser
 
     chain("Call draw with {}", f"autonomous-{name}", tools=[draw])
     sent = server.last.messages
-    assert results_in(sent[3]) == [("draw", "done")]
+    assert results_in(sent[-2]) == [("draw", "done")]
     assert AFTER_RESULTS in json.dumps(sent[-1])
     assert json.dumps(sent).count(AFTER_RESULTS) == 1
     if name == "vision":
         url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
         assert json.dumps(sent).count("data:image/png") == 1
         assert {"type": "image_url", "image_url": {"url": url}} in sent[-1]["content"]
+        assert "<tools>" in sent[0]["content"]
+        assert sent[0]["role"] == "user", "a server may refuse a system message beside a picture"
     else:
         assert "[image/png attachment, not shown to this model]" in sent[-1]["content"]
 
@@ -205,25 +199,38 @@ def test_text_and_calls_stay_in_order(chain: Chain, server: Loopback) -> None:
     assert results_in(told) == [("now", "noon"), ("add", "3")]
 
 
+def give(what: Any) -> Any:
+    return what
+
+
+def fail(words: str) -> str:
+    raise ValueError(words) if words else ValueError
+
+
+EMPTY = EMPTY_RESULT.format(name="give")
+
+
 @pytest.mark.parametrize(
-    ("call", "output"),
+    ("name", "arguments", "told"),
     [
-        ('{"name": "quiet"}', ""),
-        ('{"name": "fail"}', "Error: no luck"),
-        ('{"name": "nope"}', 'Error: tool "nope" does not exist'),
-        ('{"name": "add", "arguments": {"a": "x"}}', "Error: can only concatenate .*"),
-        ('{"name": "add", "arguments": {}}', "Error: .* missing 1 required .*"),
-        ('{"name": "add", "arguments": {"c": 1}}', "Error: .* unexpected keyword .*"),
+        ("give", {"what": "Hi"}, "The tool give returned:\nHi"),
+        *(("give", {"what": nothing}, EMPTY) for nothing in ("", " \n", None)),
+        ("fail", {"words": "no luck"}, "The tool fail returned:\nError: no luck"),
+        ("fail", {"words": ""}, "The tool fail returned:\nError: ValueError: no message was given"),
+        ("nope", {}, 'The tool nope returned:\nError: tool "nope" does not exist'),
+        ("add", {"a": "x"}, "The tool add returned:\nError: can only concatenate .*"),
+        ("add", {}, "The tool add returned:\nError: .* missing 1 required .*"),
+        ("add", {"c": 1}, "The tool add returned:\nError: .* unexpected keyword .*"),
     ],
-    ids=["nothing", "exception", "unknown tool", "wrong type", "missing argument", "unknown argument"],
 )
-def test_model_is_given_what_came_of_a_call(call: str, output: str, chain: Chain, server: Loopback) -> None:
-    """Arguments are not judged: what a tool or `llm` says of them goes to the model, which answers."""
-    server.answers += [texts(f"<tool_call>{call}</tool_call>")]
-    answer = chain(tools=[add, fail, quiet]).text
-    [(name, said)] = results_in(server.last.messages[-1])
-    assert re.fullmatch(output, said)
-    assert answer == f"llama: {name} said {said}"
+def test_model_is_told_what_came_of_a_call(
+    name: str, arguments: dict[str, Any], told: str, chain: Chain, server: Loopback
+) -> None:
+    """It is told the result, that it is empty, or what the tool or `llm` says of an error, also of the arguments."""
+    call = json.dumps({"name": name, "arguments": arguments})
+    server.answers += [texts(f"<tool_call>{call}</tool_call>"), texts("Done.")]
+    assert chain(tools=[add, fail, give]).text == "Done."
+    assert re.fullmatch(f"{told}\n{AFTER_RESULTS}", server.last.messages[-1]["content"])
 
 
 def test_call_that_is_cancelled(chain: Chain, server: Loopback, record: Any) -> None:

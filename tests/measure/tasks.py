@@ -27,11 +27,6 @@ def get_time(timezone: str) -> str:
     return {"Asia/Tokyo": "19:30", "America/New_York": "05:30"}.get(timezone, "10:30")
 
 
-def current_datetime() -> str:
-    "The current date and time"
-    return "Tuesday 2026-11-24 10:30"
-
-
 def add(a: float, b: float) -> float:
     "Add two numbers"
     return float(a) + float(b)
@@ -367,22 +362,13 @@ OPEN = (
         HOME,
         Turn(
             "Add 'renew passport' to my to-do list with high priority, tagged travel and documents.",
-            (
-                (
-                    "todo_add",
-                    {"task": pattern("renew passport"), "priority": "high", "tags": ["travel", "documents"]},
-                ),
-            ),
+            (("todo_add", {"task": pattern("renew passport"), "priority": "high", "tags": ["travel", "documents"]}),),
         ),
     ),
     tool_task(
         "P01",
         (get_weather, get_time),
-        Turn(
-            "What's the weather in Paris and in Rome?",
-            (weather("Paris"), weather("Rome")),
-            r"(?=.*Paris)(?=.*Rome)",
-        ),
+        Turn("What's the weather in Paris and in Rome?", (weather("Paris"), weather("Rome")), r"(?=.*Paris)(?=.*Rome)"),
     ),
     tool_task(
         "P02",
@@ -430,9 +416,7 @@ OPEN = (
         ),
     ),
     tool_task(
-        "L02",
-        MIX,
-        Turn("Combien font 125 euros en dollars américains ?", (convert(125, "EUR", "USD"),), r"135[.,]87"),
+        "L02", MIX, Turn("Combien font 125 euros en dollars américains ?", (convert(125, "EUR", "USD"),), r"135[.,]87")
     ),
     tool_task("N02", MIX, Turn("What is the capital of France?", (), r"Paris")),
     tool_task(
@@ -590,10 +574,7 @@ OWN = (
         (get_stock_price, multiply),
         Turn(
             "Look up the latest price of the AAPL share, then multiply it by 12.",
-            (
-                ("get_stock_price", {"symbol": "AAPL"}),
-                ("multiply", {"a": one_of(231.5, 12), "b": one_of(231.5, 12)}),
-            ),
+            (("get_stock_price", {"symbol": "AAPL"}), ("multiply", {"a": one_of(231.5, 12), "b": one_of(231.5, 12)})),
             r"2[, ]?778",
         ),
     ),
