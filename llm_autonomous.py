@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import collections
 import contextlib
 import email.utils
 import functools
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # that decide how TLS is set up
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # what Python's TLS takes from there
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
@@ -81,9 +82,9 @@ THINKING_TAGS = ("think", "scratch_pad")
 CODINGS = r"\b(?:aes128gcm|br|deflate|exi|dcb|dcz|(?:x-)?compress|(?:pack200-|x-)?gzip|zstd)\b"
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # one event, one line, or one whole JSON reply
-MAX_PAGE_BYTES = 64 * 1024  # of an error body, and of a web page whose title is wanted
+MAX_PAGE_BYTES = 64 * 1024  # how much to read of an error body or a web page
 MAX_HELD = 256  # characters to hold while it is unclear whether they begin a tool call or reasoning
-MAX_BEGINNING = 1024  # bytes of a reply to remember, in case that it turns out to hold no answer
+MAX_BEGINNING = 1024  # bytes of a reply to quote if it holds no answer
 MAX_EXCERPT = 300  # characters of the server's own words in an error
 
 
@@ -108,14 +109,15 @@ class ServiceModel(NamedTuple):
         return (*self.own_aliases, f"autonomous-{self.backend}")
 
 
-IMAGE_TYPES = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif"})
-OTHER_IMAGE_NAMES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
+# The types of images that can be sent, and the names that others have for them.
+IMAGE_TYPES = {name: name for name in ("image/png", "image/jpeg", "image/webp", "image/gif")}
+IMAGE_TYPES |= {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
 
 SERVICE_MODELS = (
     ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous",)),
     ServiceModel("qwen_coder", "chat", "qwen-2.5-coder-32b", ("autonomous-qwen-coder",)),
     ServiceModel("hermes", "chat-hermes", "hermes-3"),
-    ServiceModel("vision", "chat-vision", "llama-3.2-90b", attachment_types=IMAGE_TYPES),
+    ServiceModel("vision", "chat-vision", "llama-3.2-90b", attachment_types=frozenset(IMAGE_TYPES)),
     ServiceModel("summary", "summary", "llama-3.2-70b"),
 )
 
@@ -126,12 +128,10 @@ SERVICE_MODELS = (
 @llm.hookimpl(trylast=True)
 def register_models(register: Callable[..., None], model_aliases: list[ModelWithAliases]) -> None:
     for service in SERVICE_MODELS:
-        aliases = [*service.aliases]
-        # Other plugins may offer the same backend under its bare name. Running last, we see which names are free.
+        # Other plugins and the user's aliases may have the backend's bare name. Running last, we see which are free.
         taken = {name for known in model_aliases for name in (known.model.model_id, *known.aliases)}
-        if service.backend not in taken:
-            aliases.append(service.backend)
-        register(Autonomous(service), AsyncAutonomous(service), aliases=aliases)
+        free = () if service.backend in taken else (service.backend,)
+        register(Autonomous(service), AsyncAutonomous(service), aliases=(*service.aliases, *free))
 
 
 # --- What is sent -----------------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ def parse_url(text: str, schemes: Collection[str]) -> httpx.URL | None:
 
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL:
+        usable = url.scheme in schemes and url.host and (url.port is None or 0 < url.port < 65536)
+    except (httpx.InvalidURL, ValueError):  # which a host that is no IDNA name raises as well
         return None
-    usable = url.scheme in schemes and url.host and (url.port is None or 0 < url.port < 65536)
     return url if usable else None
 
 
@@ -201,6 +201,15 @@ RESULT = "The tool {name} returned:\n{output}"
 EMPTY_RESULT = "The tool {name} ran without an error and returned an empty result."
 AFTER_RESULTS = "Use these results to answer my request. If you still need another tool for it, call that tool now."
 EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
+MADE_UP_RESULT = "No tool was called. Call a tool in <tool_call> and </tool_call>, or answer without one."
+CALL_AFTER_WORDS = (
+    "Your answer ends with a tool call. If you want to call the tool, reply with that call alone, between <tool_call> "
+    "and </tool_call>. If you do not, answer without it."
+)
+BROKEN_CALL = (
+    "Your tool call could not be read: {problem}. Answer again, with each call as JSON between <tool_call> and "
+    "</tool_call>."
+)
 SHORTER = "Your answer was cut short because it reached your length limit. Write a shorter one."
 SCHEMA_INSTRUCTIONS = """\
 Reply with a JSON value that follows this JSON schema:
@@ -225,43 +234,40 @@ def schema_instructions(schema: dict[str, Any]) -> str:
     return SCHEMA_INSTRUCTIONS.format(schema=written, example=example)
 
 
-def example_of(schema: Any, root: dict[str, Any], depth: int = 8) -> Any:
-    """A JSON value in the shape that a schema describes: ``"..."`` for a string, ``0`` for a number, and so on."""
-    if not isinstance(schema, dict) or not depth:
+def example_of(schema: Any, root: dict[str, Any], refs: frozenset[str] = frozenset()) -> Any:
+    """A JSON value in the shape that a schema describes: ``"..."`` for a string, ``0`` for a number, and so on.
+
+    ``refs`` are the references that led here. None is followed twice, as a schema may contain itself.
+    """
+    if not isinstance(schema, dict) or schema.get("$ref") in refs:
         return "..."
-    inner = functools.partial(example_of, root=root, depth=depth - 1)
+    inner = functools.partial(example_of, root=root, refs=refs | {schema.get("$ref", "")})
     if schema.get("$ref", "").startswith("#/"):
         target: Any = root
         for key in schema["$ref"][2:].split("/"):
             target = target.get(key) if isinstance(target, dict) else None
         return inner(target)
+    kind = schema["type"][0] if isinstance(schema.get("type"), list) else schema.get("type")
+    if "properties" in schema:
+        return {name: inner(value) for name, value in schema["properties"].items()}
     if choices := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
         return inner(choices[0])
     if "const" in schema:
         return schema["const"]
     if "enum" in schema:  # all of them, as a model would copy a single one
         return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
-    kind = schema.get("type")
-    if isinstance(kind, list):
-        kind = kind[0]
-    if kind == "object" or "properties" in schema:
-        return {name: inner(value) for name, value in schema.get("properties", {}).items()}
     if kind == "array":
         return [inner(schema.get("items"))]
-    return {"integer": 0, "number": 0, "boolean": True, "null": None}.get(str(kind), "...")
+    return {"integer": 0, "number": 0, "boolean": True, "null": None, "object": {}}.get(str(kind), "...")
 
 
 def build_messages(
-    messages: list[llm.Message],
-    image_types: frozenset[str],
-    tools: bool = False,
-    instructions: str = "",
-    after_results: str = "",
+    messages: list[llm.Message], images: bool, tools: bool = False, instructions: str = "", after_results: str = ""
 ) -> list[dict[str, Any]]:
     """The whole conversation as PROTOCOL.md wants it: ``[{"role": …, "content": …}, …]``.
 
-    ``content`` is a string, or a list of OpenAI content parts if there are images of ``image_types``. If this prompt
-    has ``tools``, earlier tool calls and results are written in the form that the model knows. Otherwise they
+    ``content`` is a string, or a list of OpenAI content parts if the model takes ``images`` and there are some. If this
+    prompt has ``tools``, earlier tool calls and results are written in the form that the model knows. Otherwise they
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
     with another model can go on. Reasoning and empty messages are left out.
 
@@ -277,27 +283,24 @@ def build_messages(
         *before, last = messages
         gap = "\n\n" if last.parts and isinstance(last.parts[-1], TextPart) else ""
         messages = [*before, llm.Message(role=last.role, parts=[*last.parts, TextPart(gap + after_results)])]
-    new = since_answer(messages)
-    for number, message in enumerate(messages, len(new) - len(messages)):
+    answered = len(messages) - len(since_answer(messages))
+    for number, message in enumerate(messages):
         role = message.role if message.role in ("system", "assistant") else "user"
-        types = image_types if role == "user" else frozenset()  # OpenAI-shaped servers refuse images in other roles
-        text, images = read_parts(message.parts, types, tools, new=number >= 0)
-        if text or images:
-            turns.append({"role": role, "text": text, "images": images})
+        may_hold = images and role == "user"  # OpenAI-shaped servers refuse images in other roles
+        text, shown = read_parts(message.parts, may_hold, tools, new=number >= answered)
+        if text or shown:
+            turns.append({"role": role, "text": text, "images": shown})
     if any(turn["images"] for turn in turns):
         # Llama 3.2 Vision's own chat template refuses a system message beside an image.
         system = [turn["text"] for turn in turns if turn["role"] == "system"]
         turns = [turn for turn in turns if turn["role"] != "system"]
         first = next(turn for turn in turns if turn["role"] == "user")
         first["text"] = "\n\n".join(filter(None, [*system, first["text"]]))
-    return [{"role": turn["role"], "content": join_content(turn["text"], turn["images"])} for turn in turns]
-
-
-def join_content(text: str, images: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The ``content`` of a message: its text, or OpenAI's content parts if there are images."""
-    if not images:
-        return text
-    return [{"type": "text", "text": text}, *images] if text else images
+    built: list[dict[str, Any]] = []
+    for turn in turns:
+        texts = [{"type": "text", "text": turn["text"]}] if turn["text"] else []
+        built.append({"role": turn["role"], "content": texts + turn["images"] if turn["images"] else turn["text"]})
+    return built
 
 
 def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
@@ -305,19 +308,11 @@ def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
     return [*itertools.takewhile(lambda message: message.role != "assistant", reversed(messages))][::-1]
 
 
-def holds_new_results(messages: list[llm.Message]) -> bool:
-    """Whether tools have run since the model last answered."""
-    return any(isinstance(part, ToolResultPart) for message in since_answer(messages) for part in message.parts)
-
-
-def read_parts(
-    parts: list[Part], image_types: frozenset[str], tools: bool, new: bool
-) -> tuple[str, list[dict[str, Any]]]:
+def read_parts(parts: list[Part], images: bool, tools: bool, new: bool) -> tuple[str, list[dict[str, Any]]]:
     """The text and the images of one message. Raises if an image cannot be read, and the message is ``new``."""
     blocks: list[str] = []
-    images: list[dict[str, Any]] = []
-    previous: Part | None = None
-    for part in parts:
+    shown: list[dict[str, Any]] = []
+    for previous, part in zip([None, *parts], parts, strict=False):
         attachments: list[llm.Attachment] = []
         if isinstance(part, TextPart):
             if isinstance(previous, TextPart):
@@ -332,12 +327,11 @@ def read_parts(
             blocks.append(format_result(part, tools))
             attachments = part.attachments
         for attachment in attachments:
-            if url := image_url(attachment, image_types, new):
-                images.append({"type": "image_url", "image_url": {"url": url}})
+            if images and (url := image_url(attachment, new)):
+                shown.append({"type": "image_url", "image_url": {"url": url}})
             else:
                 blocks.append(f"[{attachment.type or 'file'} attachment, not shown to this model]")
-        previous = part
-    return "\n".join(block for block in blocks if block), images
+    return "\n".join(block for block in blocks if block), shown
 
 
 def format_call(part: ToolCallPart, tools: bool) -> str:
@@ -352,9 +346,10 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     name, output, failure = part.name, cast(Any, part.output), part.exception
     if not isinstance(output, str):
         output = json.dumps(output, default=repr)
-    if failure is not None:  # "ValueError: ", if the exception had no words
-        failure = f"{failure}no message was given" if failure.endswith(": ") else failure
-        output = f"Error: {failure}" if output.strip() in ("", "Error:") else output
+    if failure is not None:
+        # An exception without words is recorded as "ValueError: " or "ValueError: None".
+        failure = re.sub(r"(\A|:)\s*(None\s*)?\Z", ": no message was given", failure)
+        output = f"Error: {failure}" if re.fullmatch(r"\s*(Error:\s*(None\s*)?)?", output) else output
     elif output.strip() in ("", "null") and not part.attachments:
         return (EMPTY_RESULT if tools else f"[{EMPTY_RESULT}]").format(name=name)
     if not tools:
@@ -362,26 +357,25 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     return RESULT.format(name=name, output=output)
 
 
-def image_url(attachment: llm.Attachment, image_types: frozenset[str], new: bool) -> str | None:
-    """The URL of an image of one of ``image_types``: its own, or a ``data:`` URL of its bytes. None for anything else.
+def image_url(attachment: llm.Attachment, new: bool) -> str | None:
+    """The URL of an image of one of `IMAGE_TYPES`: its own, or a ``data:`` URL of its bytes. None for anything else.
 
     Nothing is fetched. `llm` has already asked the URL for its type, and a URL without one is taken to be an image.
     """
-    if not image_types:
-        return None
     link = None if attachment.content else attachment.url
     try:
-        kind = attachment.type if link else attachment.resolve_type()
-        kind = kind and OTHER_IMAGE_NAMES.get(kind.partition(";")[0].strip().lower(), kind)
-        if kind in image_types or (link and not kind):
-            return link or f"data:{kind};base64,{attachment.base64_content()}"
-        return None
+        encoded = None if link else attachment.base64_content()
+        kind = (attachment.type if link else attachment.resolve_type()) or ""
     except (OSError, TypeError, ValueError) as error:
         if new:
-            path, reason = attachment.path or "", reason_of(error)
-            raise AutonomousError(f"cannot read the attachment {path}: {reason}; nothing was sent") from None
+            what = f"the attachment {attachment.path}: {reason_of(error)}" if attachment.path else "an empty attachment"
+            raise AutonomousError(f"cannot read {what}; the prompt was not sent") from None
         logger.warning("an image of this conversation is not sent, since it can no longer be read: %s", error)
         return None
+    sent_type = IMAGE_TYPES.get(kind.partition(";")[0].strip().lower())
+    if link:
+        return link if sent_type or not kind else None
+    return f"data:{sent_type};base64,{encoded}" if sent_type else None
 
 
 def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
@@ -415,7 +409,7 @@ def build_headers() -> dict[str, str]:
 def endpoint_url(endpoint: str) -> httpx.URL:
     """Where to send a prompt: ``/api/v1/ai/<endpoint>`` at the service, or at ``AUTONOMOUS_BASE_URL``."""
     url = parse_url(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL, ("http", "https"))
-    if not url or url.query or url.fragment or url.userinfo:
+    if not url or b"?" in url.raw_path or url.fragment or url.userinfo:
         raise AutonomousError(
             f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host and without a password, such as "
             "http://127.0.0.1:8000"
@@ -426,7 +420,7 @@ def endpoint_url(endpoint: str) -> httpx.URL:
 def find_proxy(option: str | None, url: httpx.URL) -> str:
     """The URL of the proxy for requests to ``url``, or nothing.
 
-    If there is no ``option``, it comes from the environment, by the rules of Python's standard library. NO_PROXY may
+    Without an ``option``, the proxy comes from the environment, by the rules of Python's standard library. NO_PROXY may
     name a host with its port, and an IPv6 address with or without brackets.
     """
     import urllib.request
@@ -435,13 +429,14 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
         return option
     host, port = f"[{url.host}]" if ":" in url.host else url.host, url.port or {"http": 80, "https": 443}[url.scheme]
     proxies = urllib.request.getproxies()
-    if any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
+    unproxied = {entry.strip() for entry in proxies.get("no", "").split(",")}
+    if "*" in unproxied or any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
         return ""
     scheme = url.scheme if proxies.get(url.scheme) else "all"
     proxy = proxies.get(scheme) or ""
     if proxy and "://" not in proxy:
         proxy = f"http://{proxy}"
-    if proxy and not parse_url(proxy, PROXY_SCHEMES):  # which is not quoted, since it may contain a password
+    if proxy and not parse_url(proxy, PROXY_SCHEMES):  # do not quote it: it may contain a password
         raise AutonomousError(f"{scheme.upper()}_PROXY must be {PROXY_URL}")
     return proxy
 
@@ -466,10 +461,9 @@ class Framing:
         self.ended = False  # [DONE] has arrived, and anything after it is ignored
         self.error: AutonomousError | None = None
         self.cut_off = ""  # the beginning of a value, if the reply ended before the value did
-        self.page = False  # the reply is a web page
         self._values: list[Any] = []  # what `feed` will return
-        self._mark = b"\xef\xbb\xbf"  # the byte order mark, with which the first line may begin
-        self._after_cr = False  # the last bytes ended with CR, so an LF that comes first belongs to it
+        self._mark = b"\xef\xbb\xbf"  # a byte order mark to remove from the first line
+        self._after_cr = False  # the last bytes ended with CR, so a leading LF is the second half of CRLF
         self._line = bytearray()  # the line that has not ended yet
         self._held = bytearray()  # the lines of an event that is not complete yet
         self._named_error = False  # the event is named error
@@ -481,8 +475,9 @@ class Framing:
             try:
                 self._read_lines(data)
                 if end:
-                    self._read_line(bytes(self._line))
-                    self._end_event(cut=bool(self._line))
+                    if self._line:
+                        self._read_line(bytes(self._line))
+                    self._end_event(cut=True)
             except AutonomousError as error:
                 self.error = error
         values, self._values = self._values, []
@@ -520,21 +515,25 @@ class Framing:
                 self._hold(data.removeprefix(b" "))
             elif rest := self._read_values(data):
                 self._hold(rest.encode())
-        elif not line and (self._held or self._named_error):
-            self._end_event()
+        elif not line:
+            if self._held or self._named_error:
+                self._end_event()
         elif field == b"event":
             self._named_error = data.strip() == b"error"
         elif field == b"error":
             self._named_error = True
             self._hold(data)
         elif field in (b"", b"id", b"retry"):
-            pass  # a blank line, a comment, or a field that says nothing about the answer
+            pass  # a comment, or a field that says nothing about the answer
+        elif self._named_error:
+            self._hold(line)
         elif line.lstrip().startswith((b"{", b"[", b"<")):
             self._end_event()
             if rest := self._read_values(line):
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
+            # Words after some text say that the server died. An unknown field does not.
             self._values.append(words if re.match(UNKNOWN_FIELD, words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
@@ -543,7 +542,7 @@ class Framing:
             raise too_large()
 
     def _end_event(self, cut: bool = False) -> None:
-        """Read what is held. The event ends at a blank line, at the next event, or ``cut`` off where the reply ends."""
+        """Read what is held: an event ends at a blank line, at the next event, or where the reply ends (``cut``)."""
         before = len(self._values)
         rest = self._read_values(self._held)
         self._held.clear()
@@ -552,7 +551,6 @@ class Framing:
             self._values[before:] = [{"error": rest or next(filter(None, self._values[before:]), "event: error")}]
             return
         if rest.startswith("<"):
-            self.page = True
             raise AutonomousError(page_words(rest), outage=True)
         if rest and not cut:
             raise not_understood(rest)
@@ -566,9 +564,12 @@ class Framing:
             try:
                 value, end = decode_json(text, place)
             except (ValueError, RecursionError):
-                if not text.startswith("[DONE]", place):
+                if text.startswith("[DONE]", place):
+                    self.ended = True
+                elif text.startswith("data:", place):  # some servers write the name of the field twice
+                    place = skip(r"data:\s*", text, place)
+                else:
                     return text[place:]
-                self.ended = True
             else:
                 self._values.append(value)
                 place = end if end == len(text) else skip(r"\s*", text, end)
@@ -593,9 +594,9 @@ def skip(pattern: str, text: str, start: int = 0) -> int:
 # The fields that OpenAI documents for a chunk, those for a choice and the delta or message in it, and what others add.
 CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "type"}
 CHUNK_FIELDS |= {"usage", "finish_reason"}
-ANSWER_FIELDS = {"index", "delta", "message", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
+ANSWER_FIELDS = {"index", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
 ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations", "type"}
-# Beside text in a delta, none of these holds anything new.
+# A chunk that holds text and only these fields holds nothing else of interest.
 PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
 
 
@@ -641,17 +642,23 @@ class Completion:
 
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
-        if self._in_deltas and isinstance(chunk, str) and (isinstance(chunk, Words) or mentions_error(chunk)):
+        begun = self._in_deltas or self.whole  # some text has come
+        if begun and isinstance(chunk, str) and (isinstance(chunk, Words) or mentions_error(chunk)):
             # These are the last words of a server or a proxy that died.
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
-        fields = filled(chunk)
+        # What is neither an object nor a list of choices counts as an unknown field, see filled().
+        fields, is_chunk = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
         choices = fields.get("choices", [{}])
         choice = filled(choices[0] if isinstance(choices, list) else [choices])
-        delta = filled(choice.get("delta"))
-        message = {} if self._in_deltas else filled(choice.get("message"))
+        delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
+        if self._in_deltas:
+            message = {}
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
-        if all_fields.keys() - CHUNK_FIELDS - ANSWER_FIELDS and (error := reported_error(all_fields)):
+        unusual = {key: inner for key, inner in all_fields.items() if key not in CHUNK_FIELDS | ANSWER_FIELDS}
+        # In place of a choice, a message is an error even without a code.
+        no_choice = "choices" not in fields and (begun or is_chunk)
+        if unusual and (error := reported_error(all_fields, message_suffices=no_choice)):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
@@ -659,19 +666,22 @@ class Completion:
         reasoning += thought
         self._add("reasoning", reasoning, end=bool(text))
         self._add("text", text)
-        self._in_deltas = self._in_deltas or bool(text and delta)
+        self._in_deltas = self._in_deltas or bool(text and not message)
         self.whole = finished or bool(message and not delta) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
         if text or reasoning:
             return True
+        for inner in unusual.values():
+            if isinstance(inner, dict) and (error := reported_error(inner)):
+                raise error
         # Beside a finish reason, a choice says more about the end, such as a stop_reason.
         unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
         if not unknown and holds_more(fields, CHUNK_FIELDS):
-            # Beside a choice or the usage, and before any text, it is about the request, unless it mentions an error.
-            beside = {"choices", "usage"} & fields.keys() or not self._in_deltas
-            is_chunk = isinstance(chunk, dict) and "choices" in chunk
-            unknown = not (is_chunk and beside) or mentions_error(chunk)
+            # Next to a choice or the usage, it is about the request, and so is what comes before the first text. It is
+            # not if it mentions an error.
+            about_request = is_chunk and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
+            unknown = not about_request or mentions_error(chunk)
         return not unknown
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
@@ -782,7 +792,7 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        self._held = [f"<{tag}>{closing}"]
+        self._held = [f"<{tag}>{closing}"]  # stands for the reasoning so far, which the next text goes on with
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
         return [*thought, text] if text else thought
@@ -814,15 +824,15 @@ class ToolCallParser:
         self.names = frozenset(names)
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
-        self._held = io.StringIO()  # what has not been passed on, and some of the text before it
-        self._passed = 0  # the length of that text
+        self._held = io.StringIO()  # up to MAX_HELD characters that were passed on, and all that was not
+        self._passed = 0  # how many of them were passed on
         self._calling = False  # a call seems to have begun
-        self._recent = ""  # the last text since then; nothing more once it has had the tag of a result in it
-        # How a call begins in JSON, which has to name a tool soon, and in code: <function=name= or [name( or {'name':
+        self._recent = ""  # the last text since then, up to the first tag of a result
+        # How a call begins in JSON, with the name of a tool, and in code: <function=name= or [name( or {'name': 'name',
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
         self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
-        self._in_code = re.compile(rf"<function\W({name})\b|([\[{{]\W*(\w+\W+)?)?({name})(\.call)?[^\w\s.,<\]}}]")
+        self._in_code = re.compile(rf"<function\W({name})\b|([\[{{]\W*(\w+\W+)?)?({name})((\.call)?\(|['\"]\s*[,:}}])")
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -836,15 +846,14 @@ class ToolCallParser:
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
             if RESULT_TAG in self._recent:
-                # The tag may be part of an argument. Only if it follows the calls has the answer finished.
+                # The tag may be part of an argument. If it follows the calls, _split says that the answer has finished.
                 with contextlib.suppress(AutonomousError):
                     self._split()
-        if end and not self.error:
-            try:
-                return passed + self._split()
-            except AutonomousError as error:
-                self.error = error
-        return passed
+        try:
+            return passed + self._split() if end and not self.error else passed
+        except AutonomousError as error:
+            self.error = error
+            return passed
 
     def _pass_on(self) -> list[Any]:
         """The text up to where a call begins or may begin."""
@@ -891,7 +900,7 @@ class ToolCallParser:
                 continue
             begin = place + wrapping.end()
             if text.startswith(RESULT_TAG, begin):
-                raise made_up_result(text[begin:])
+                raise misread("the model made up the result of a tool", text[begin:], MADE_UP_RESULT)
             calls, end = self._read_calls(text, begin, wrapping)
             if calls:
                 end = skip(CLOSING + (CLOSING_FENCE + CLOSING if wrapping["fence"] else ""), text, end)
@@ -900,7 +909,8 @@ class ToolCallParser:
                     pieces += [text[start:place], *calls]
                     start, next_call = end, skip(r"\s*", text, end)
                 elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):
-                    raise call_after_words(text[begin:])
+                    problem = "the answer holds a tool call that is not marked as one"
+                    raise misread(problem, text[begin:], CALL_AFTER_WORDS)
             place = end
         pieces.append(text[start:])
         return [piece for piece in pieces if not isinstance(piece, str) or piece.strip() or len(pieces) == 1]
@@ -924,13 +934,14 @@ class ToolCallParser:
                 fields = [call_fields(each) for each in values]
                 offered = any(name in self.names and (may_omit or given is not None) for name, given, _ in fields)
                 meant = tag in OWN_TAGS or ((calls or offered) and all(name for name, _, _ in fields))
-                if not meant or any(is_tool for _, _, is_tool in fields):
+                if not meant or any(is_definition for _, _, is_definition in fields):
                     return calls, end if calls else after
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
         except (ValueError, RecursionError) as error:
             problem = f"it is no valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise broken_call(problem, text[place:]) from None
+            correction = BROKEN_CALL.format(problem=problem)
+            raise misread(f"the model's tool call cannot be read, {problem}", text[place:], correction) from None
         return calls, end
 
 
@@ -960,24 +971,22 @@ def find_opening(text: str, start: int, next_call: int = -1) -> int:
 
 
 def begins_answer(text: str, place: int) -> bool:
-    """Whether nothing but white space stands before a place. More of it than `MAX_HELD` may hide words."""
+    """Whether nothing but white space stands before a place, as far as `MAX_HELD` characters show."""
     return not text[max(0, place - MAX_HELD) : place].strip()
 
 
 def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     """The name and the arguments in a value, in any of the shapes that models use; None for what is not there.
 
-    The third is true if it is no call, but repeats a tool as the model was given it, with a schema for its arguments.
+    The third is true for a copy of the tool's definition, with a schema in place of arguments.
     """
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = value["function"]
-    if not isinstance(value, dict):
-        return None, None, False
+    value = value if isinstance(value, dict) else {}
+    value = value["function"] if isinstance(value.get("function"), dict) else value
     name = value.get("name", value.get("function"))
     arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))
     is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
-    is_tool = is_schema or ("description" in value and not value.get("arguments"))
-    return name if isinstance(name, str) else None, arguments, is_tool
+    is_definition = is_schema or ("description" in value and not value.get("arguments"))
+    return name if isinstance(name, str) else None, arguments, is_definition
 
 
 CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
@@ -999,7 +1008,7 @@ def read_call(value: Any) -> llm.ToolCall:
         raise ValueError('its "arguments" are not a JSON object')
     if shallow(arguments, 100) != arguments:  # cut off at that depth; `llm` could fail to write them
         raise ValueError('its "arguments" are nested too deeply')
-    try:  # the way through JSON finds NaN, and mends surrogates in all strings
+    try:  # a round trip through JSON rejects NaN, and mends surrogates
         arguments = json.loads(replace_surrogates(json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)))
     except ValueError:
         raise ValueError('its "arguments" contain NaN or Infinity, which are not JSON') from None
@@ -1152,14 +1161,16 @@ def quoted(words: str) -> str:
 
 
 def explained(error: AutonomousError, envelope: dict[str, Any]) -> AutonomousError:
-    """What is wrong with an answer: first of all that it reached the model's limit, if it did."""
-    reason = quoted(str(envelope.get("finish_reason")))
-    if not re.search(LIMIT_REASON, reason):
+    """What is wrong with an answer, after what the finish reason says of it if that is unusual."""
+    reason = quoted(str(envelope.get("finish_reason", "stop")))
+    if re.search(USUAL_FINISH_REASON, reason) or f"(finish reason: {reason})" in error.message:
         return error
+    at_limit = re.search(LIMIT_REASON, reason)
+    cut_short = "was cut short because it reached the model's limit" if at_limit else "may be cut short"
     return AutonomousError(
-        f"the answer was cut short because it reached the model's limit (finish reason: {reason}): {error}",
+        f"the answer {cut_short} (finish reason: {reason}): {error}",
         outage=error.outage,
-        correction=error.correction and f"{SHORTER} {error.correction}",
+        correction=f"{SHORTER} {error.correction}" if at_limit and error.correction else error.correction,
     )
 
 
@@ -1171,27 +1182,9 @@ def too_large(what: str = "an event") -> AutonomousError:
     return AutonomousError(f"the reply holds {what} larger than {MAX_EVENT_BYTES // 1024**2} MiB")
 
 
-def made_up_result(text: str) -> AutonomousError:
-    return AutonomousError(
-        f"the model made up the result of a tool; it begins: {quoted(text)}",
-        correction="No tool was called. Call a tool in <tool_call> and </tool_call>, or answer without one.",
-    )
-
-
-def call_after_words(text: str) -> AutonomousError:
-    return AutonomousError(
-        f"the answer holds a tool call that is not marked as one; it begins: {quoted(text)}",
-        correction="Your answer ends with a tool call. If you want to call the tool, reply with that call alone, "
-        "between <tool_call> and </tool_call>. If you do not, answer without it.",
-    )
-
-
-def broken_call(problem: str, text: str) -> AutonomousError:
-    return AutonomousError(
-        f"the model's tool call cannot be read, {problem}; it begins: {quoted(text)}",
-        correction=f"Your tool call could not be read: {problem}. Answer again, with each call as JSON between "
-        "<tool_call> and </tool_call>.",
-    )
+def misread(problem: str, text: str, correction: str) -> AutonomousError:
+    """The error for what a model wrote in place of a call, to be put to it once."""
+    return AutonomousError(f"{problem}; it begins: {quoted(text)}", correction=correction)
 
 
 def page_words(page: str) -> str:
@@ -1223,13 +1216,16 @@ MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
 NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
 
 
-def reported_error(fields: dict[str, Any]) -> AutonomousError | None:
+def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
     """The error that an object reports.
 
-    It is in ``error`` or ``errors``, or it is a message beside a code that does not stand for success.
+    It is in ``error`` or ``errors``, or it is a message beside a code that does not stand for success, or without a
+    code if ``message_suffices``.
     """
-    message = any(isinstance(fields.get(key), (str, list)) and fields[key] for key in MESSAGE_KEYS)
-    failed = message and is_error_value(fields.get("code", fields.get("status_code")))
+    messages = [fields[key] for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list))]
+    message = any(map(is_error_value, messages))
+    code = fields.get("code", fields.get("status_code"))
+    failed = message and (message_suffices if code is None else is_error_value(code))
     if failed or is_error_value(fields.get("error")) or is_error_value(fields.get("errors")):
         return AutonomousError(f"the service reports an error: {quoted(error_words(fields))}")
     return None
@@ -1296,7 +1292,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
     cause = root_cause(error)
     reason = reason_of(cause)
     silent = isinstance(error, httpx.TimeoutException)
-    # With any other words, httpcore and h11 mean a malformed reply.
+    # Other words of httpcore and h11 are about malformed replies; these mean a lost connection.
     dropped = isinstance(error, httpx.NetworkError) or str(error).startswith(("Server disconnected", "peer closed"))
     if answered:
         lost = f"silent for {timeout:g} s" if silent else "the connection was lost" if dropped else reason
@@ -1309,7 +1305,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         if silent:
             reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
         elif not reason or "EOF occurred" in reason:
-            # Only a TLS handshake ends without words of the operating system, or with these of OpenSSL.
+            # Only a failed TLS handshake has no message, or this one of OpenSSL.
             reason = "the connection was closed during the TLS handshake"
         # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
         status = re.match(r"[0-9]{3}\b", reason)
@@ -1350,7 +1346,7 @@ def root_cause(error: BaseException) -> BaseException:
 def reason_of(cause: BaseException) -> str:
     """What the operating system or OpenSSL says went wrong."""
     if type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
-        return os.strerror(cause.errno)  # in place of which asyncio has words of its own
+        return os.strerror(cause.errno)  # asyncio has replaced the words
     words = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause)
     return quoted(words).rstrip(".")
 
@@ -1380,7 +1376,8 @@ class Exchange:
         self.tools = [tool for tool in prompt.tools if isinstance(tool, llm.Tool)]
         schema = prompt.schema = schema_of(prompt, conversation)  # where the log of `llm` finds it as well
         self.validator = schema_validator(schema) if schema else None
-        self.new_results = bool(self.tools) and holds_new_results(prompt.messages)
+        parts = [part for message in since_answer(prompt.messages) for part in message.parts]
+        self.new_results = bool(self.tools) and any(isinstance(part, ToolResultPart) for part in parts)
         self.messages = self._messages(prompt, conversation)
         # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
         # would keep the connection open until the garbage collector runs.
@@ -1393,11 +1390,11 @@ class Exchange:
         if self.tools:  # a model that knows the schema before it has the results makes them up
             instructions = tool_instructions(self.tools)
             after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
-        image_types = self.model.service.attachment_types
-        messages = build_messages(prompt.messages, image_types, bool(self.tools), instructions, after_results)
+        images = bool(self.model.service.attachment_types)
+        messages = build_messages(prompt.messages, images, bool(self.tools), instructions, after_results)
+        # Our own instructions ask for nothing. In a conversation, an assistant's message at the end is the previous
+        # answer, and the user has asked nothing new. Elsewhere, the caller has begun the answer for the model.
         roles = [message["role"] for message in messages if message["content"] != instructions]
-        # The last message may be the assistant's. In a conversation, it is the answer before, and nothing was asked
-        # since. Elsewhere, the caller has begun the answer for the model.
         if not roles or (roles[-1] == "assistant" and conversation is not None):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
@@ -1413,15 +1410,15 @@ class Exchange:
                 self._report(attempt)
                 return
             # Only `llm autonomous check` asks for a single attempt.
-            told = error.for_user(self.url, number, checking=limit == 1)
+            shown = error.for_user(self.url, number, checking=limit == 1)
             wait, corrected = 0.0, attempt.corrected
             if error.correction and not corrected and number < limit:
                 step, corrected = "asking the model to correct it", attempt
             elif not attempt.yielded and (pause := retry_wait(error, number, limit)) is not None:
                 step, wait = f"trying again in {pause:.1f} s", pause
             else:
-                raise told from attempt.failure
-            logger.info("%s; %s", told, step)
+                raise shown from attempt.failure
+            logger.info("%s; %s", shown, step)
             attempt = kind(self, number + 1, wait, corrected)
 
     def _report(self, attempt: Attempt) -> None:
@@ -1468,7 +1465,7 @@ def add_up(*usages: Any) -> dict[str, Any]:
         for key, value in usage.items() if isinstance(usage, dict) else ():
             if isinstance(value, dict):
                 total[key] = add_up(total.get(key), value)
-            elif isinstance(value, (int, float)) and 0 <= value < 2**62:  # more, SQLite could not store
+            elif isinstance(value, (int, float)) and 0 <= value < 2**62:  # SQLite cannot store more
                 total[key] = value + (total[key] if isinstance(total.get(key), (int, float)) else 0)
     return total
 
@@ -1609,7 +1606,8 @@ class Attempt:
         unknown, answered = self.completion.not_understood, self.thinking.answered
         if self.refusal:
             return status_error(self.refusal, self.beginning)
-        if self.failure and not (self.whole or self.framing.page):
+        page = self.error is not None and self.error.outage  # which says more than how its end was lost
+        if self.failure and not (self.whole or page):
             return transport_error(self.failure, answered, self.exchange.timeout, self.exchange.proxy)
         if self.error:
             return self.error
@@ -1624,7 +1622,8 @@ class Attempt:
         message = "the answer was empty"
         if self.thinking.reasoned:
             message += ", after some reasoning"
-        if reason := self.completion.envelope.get("finish_reason"):
+        reason = quoted(str(self.completion.envelope.get("finish_reason", "")))
+        if reason and not re.search(LIMIT_REASON, reason):  # the limit comes first, see explained()
             message += f" (finish reason: {reason})"
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
@@ -1636,7 +1635,7 @@ class Attempt:
         """The pieces in the form that `llm` expects from `execute`."""
         if pieces and not self.yielded:
             self.yielded = True
-            if self.corrected and self.corrected.yielded:
+            if self.corrected and self.corrected.yielded and not self.exchange.validator:
                 pieces.insert(0, "\n")
         if self.parser is None:
             return pieces
@@ -1675,23 +1674,19 @@ class Client:
         self.life: Any = None  # what closes an async client
 
     def __enter__(self) -> Any:
-        with lock():
+        with _locks[os.getpid()]:
             self.in_flight += 1
         return self.http
 
     def __exit__(self, *exception: object) -> None:
-        with lock():
+        with _locks[os.getpid()]:
             self.in_flight -= 1
             self.last_used = time.monotonic()
 
 
 _clients: dict[Client, None] = {}  # an ordered set
-_locks: dict[int, threading.RLock] = {}
-
-
-def lock() -> threading.RLock:
-    """This process's lock for its clients. If a lock is held during a fork, the child never gets it."""
-    return _locks.setdefault(os.getpid(), threading.RLock())
+# By process. If a lock is held during a fork, the child never gets it.
+_locks: dict[int, threading.RLock] = collections.defaultdict(threading.RLock)
 
 
 def find_client(kind: Callable[..., Any], proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
@@ -1715,7 +1710,7 @@ def find_client(kind: Callable[..., Any], proxy: str, loop: Any = None) -> tuple
 def sync_client(proxy: str) -> Client:
     import httpx
 
-    with lock():
+    with _locks[os.getpid()]:
         client, unneeded = find_client(httpx.Client, proxy)
     for old in unneeded:
         old.http.close()
@@ -1800,29 +1795,20 @@ def ssl_context(*certificates: str | None) -> ssl.SSLContext:
 # --- What moves the bytes ---------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def limited(head: httpx.Response, attempt: Attempt) -> Iterator[None]:
+def limit_reads(head: httpx.Response, attempt: Attempt) -> None:
     """Let the attempt say how long to wait for each part of the reply.
 
     httpcore looks up the timeout of a request only once, but passes it to the stream each time that it reads: sync or
     async, by ``stream.read(max_bytes, timeout)``. A reply that a test made up has no stream.
     """
-    stream = head.extensions.get("network_stream")
-    if stream is None:
-        yield
-        return
-    read = stream.read
+    if stream := head.extensions.get("network_stream"):
+        read = functools.partial(type(stream).read, stream)
 
-    def read_limited(max_bytes: int, timeout: float) -> Any:
-        # At the end of a reply, httpx gives its connection to another prompt before this one hears of the end.
-        return read(max_bytes, timeout=timeout if head.is_closed else attempt.time_left(timeout))
+        def read_limited(max_bytes: int, timeout: float) -> Any:
+            # Once this reply has ended, its connection may be another prompt's.
+            return read(max_bytes, timeout=timeout if head.is_closed else attempt.time_left(timeout))
 
-    stream.read = read_limited
-    try:
-        yield
-    finally:
-        if stream.read is read_limited:
-            del stream.read
+        stream.read = read_limited
 
 
 class SocksHandshake:
@@ -1891,7 +1877,8 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                 try:
                     request = attempt.request()
                     request.extensions["trace"] = SocksHandshake(request).trace
-                    with contextlib.closing(http.send(request, stream=True)) as head, limited(head, attempt):
+                    with contextlib.closing(http.send(request, stream=True)) as head:
+                        limit_reads(head, attempt)
                         attempt.open(head)
                         for data in head.iter_bytes():
                             yield from attempt.feed(data)
@@ -1923,13 +1910,13 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     request.extensions["trace"] = SocksHandshake(request).trace_async
                     head = await http.send(request, stream=True)
                     async with contextlib.aclosing(head):
-                        with limited(head, attempt):
-                            attempt.open(head)
-                            async for data in head.aiter_bytes():
-                                for piece in attempt.feed(data):
-                                    yield piece
-                                if attempt.done:
-                                    break
+                        limit_reads(head, attempt)
+                        attempt.open(head)
+                        async for data in head.aiter_bytes():
+                            for piece in attempt.feed(data):
+                                yield piece
+                            if attempt.done:
+                                break
                 except Exception as failure:
                     attempt.failure = failure
                 for piece in attempt.close():
@@ -1953,9 +1940,12 @@ def autonomous() -> None:
     """
 
 
+SECONDS = click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT)
+
+
 @autonomous.command()
 @click.option("model_ids", "-m", "--model", multiple=True, help="Model to ask, can be repeated (default: all five)")
-@click.option("--timeout", default=20.0, show_default=True, help="Seconds to wait for each whole answer")
+@click.option("--timeout", type=SECONDS, default=20.0, show_default=True, help="Seconds to wait for each whole answer")
 @click.option("options", "-o", "--option", type=(str, str), multiple=True, help="Model option, such as: -o proxy URL")
 @click.option("json_", "--json", is_flag=True, help="Output JSON, once all models have answered")
 @click.option("--raw", is_flag=True, help="Print raw requests and replies to standard error, one model at a time")
@@ -1972,8 +1962,6 @@ def check(
     """
     import asyncio
 
-    if not 0 < timeout <= MAX_TIMEOUT:
-        raise click.BadParameter("must be more than 0, and at most a day", param_hint="'--timeout'")
     try:
         models = [llm.get_async_model(model_id) for model_id in model_ids]
         # --timeout limits each whole answer, so the limit on silence need not.
@@ -2048,8 +2036,9 @@ async def _check(
             row["error"] = late.for_user(urls[service], checking=True).message
         if show:
             result = f"ok, {row['seconds']:.2f} s" if row["ok"] else row["error"]
-            row_text, encoding = f"{service.model_id:<21} : {service.endpoint:<11} : {result}", sys.stdout.encoding
-            click.echo(row_text.encode(encoding, "backslashreplace").decode(encoding))  # its code page may lack some
+            row_text = f"{service.model_id:<21} : {service.endpoint:<11} : {result}"
+            encoding = sys.stdout.encoding or "utf-8"  # a code page, on some systems, which lacks most characters
+            click.echo(row_text.encode(encoding, "backslashreplace").decode(encoding))
         return row
 
     if show and sys.stderr.isatty():

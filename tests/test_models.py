@@ -30,7 +30,7 @@ OWN_ALIASES = {
     "summary": ["autonomous-llama-3.2-70b"],
 }
 BARE = list(BACKENDS.values())
-IMAGE_TYPES = {"image/png", "image/jpeg", "image/webp", "image/gif"}
+IMAGE_TYPES = {"image/png", "image/jpeg", "image/webp", "image/gif", "image/jpg", "image/pjpeg", "image/x-png"}
 
 # No network is wanted from any of these.
 BROKEN_ENVIRONMENT = {

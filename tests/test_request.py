@@ -13,7 +13,7 @@ import httpx
 import llm
 import pytest
 from click.testing import CliRunner
-from conftest import PNG, Ask, get_model
+from conftest import NOWHERE, PNG, Ask, get_model
 from llm.cli import cli
 from llm.parts import (
     AttachmentPart,
@@ -94,7 +94,7 @@ def test_each_model_has_its_endpoint_and_its_name(ask: Ask, service: HTTPXMock, 
 
 
 def test_the_headers_are_those_of_the_protocol_and_no_others(ask: Ask, service: HTTPXMock) -> None:
-    """Constants beside what HTTP needs, and a user agent that is honest behind its prefix."""
+    """Constants beside what HTTP needs, and a user agent that is honest after its prefix."""
     ask("hi")
     request = only(service)
     version = importlib.metadata.version("llm-autonomous")
@@ -170,48 +170,28 @@ def test_the_base_url_is_read_at_each_prompt(ask: Ask, service: HTTPXMock, monke
 
 # The messages
 
+NOTE = "[image/png attachment, not shown to this model]"
+DREW = ToolResultPart("draw", "done", attachments=[llm.Attachment(type="image/png", content=PNG)])
+AS_TEXT: dict[str, tuple[list[Any], str]] = {
+    "text parts are joined": ([TextPart("a"), TextPart("b")], "ab"),
+    "reasoning is left out": ([ReasoningPart("hmm"), TextPart("so")], "so"),
+    "a tool call": (
+        [TextPart("Wait."), ToolCallPart("add", {"a": [2]})],
+        'Wait.\n[called the tool add with {"a": [2]}]',
+    ),
+    "a tool call without arguments": ([ToolCallPart("now", {})], "[called the tool now with {}]"),
+    "a tool result": ([ToolResultPart("add", "3", "id1")], "[the tool add returned: 3]"),
+    "a failed tool": ([ToolResultPart("add", "", exception="ValueError: no")], "[the tool add failed: ValueError: no]"),
+    "what a tool attached": ([DREW], f"[the tool draw returned: done]\n{NOTE}"),
+    "an image from bytes": ([TextPart("See"), picture(type="image/png", content=PNG)], f"See\n{NOTE}"),
+    "an image from a path": ([picture(type="image/png", path="nowhere.png"), TextPart("See")], f"{NOTE}\nSee"),
+    "an image from a URL": ([picture(url=f"{NOWHERE}/cat.png")], "[file attachment, not shown to this model]"),
+}
 
-@pytest.mark.parametrize(
-    ("parts", "content"),
-    [
-        pytest.param([TextPart("a"), TextPart("b")], "ab", id="text parts are joined"),
-        pytest.param([ReasoningPart("hmm"), TextPart("so")], "so", id="reasoning is left out"),
-        pytest.param(
-            [TextPart("Wait."), ToolCallPart("add", {"a": 1, "b": [2]}, "id1")],
-            'Wait.\n[called the tool add with {"a": 1, "b": [2]}]',
-            id="a tool call is text",
-        ),
-        pytest.param([ToolCallPart("now", {})], "[called the tool now with {}]", id="a tool call without arguments"),
-        pytest.param([ToolResultPart("add", "3", "id1")], "[the tool add returned: 3]", id="a tool result is text"),
-        pytest.param(
-            [ToolResultPart("add", "", exception="ValueError: no")],
-            "[the tool add failed: ValueError: no]",
-            id="a failed tool says so",
-        ),
-        pytest.param(
-            [ToolResultPart("draw", "done", attachments=[llm.Attachment(type="image/png", content=PNG)])],
-            "[the tool draw returned: done]\n[image/png attachment, not shown to this model]",
-            id="what a tool attached is a note",
-        ),
-        pytest.param(
-            [TextPart("See"), picture(type="image/png", content=PNG)],
-            "See\n[image/png attachment, not shown to this model]",
-            id="an image from bytes is a note",
-        ),
-        pytest.param(
-            [picture(type="image/png", path="nowhere.png"), TextPart("See")],
-            "[image/png attachment, not shown to this model]\nSee",
-            id="an image from a path is a note, read or not",
-        ),
-        pytest.param(
-            [picture(url="http://127.0.0.1:1/cat.png")],
-            "[file attachment, not shown to this model]",
-            id="an image from a URL is a note, fetched or not",
-        ),
-    ],
-)
+
+@pytest.mark.parametrize(("parts", "content"), AS_TEXT.values(), ids=AS_TEXT)
 def test_a_text_model_gets_text_for_what_it_cannot_take(parts: list[Any], content: str) -> None:
-    """Whatever a conversation holds, the content of a message is a string."""
+    """Whatever a conversation holds, the content of a message is a string; nothing is read or fetched for it."""
     assert build_messages([message("user", *parts)], frozenset()) == [{"role": "user", "content": content}]
 
 
@@ -237,11 +217,11 @@ def test_a_message_with_nothing_to_say_is_left_out(image_types: frozenset[str]) 
     assert [entry["content"] for entry in built] == ["one", "two"]
 
 
-def test_an_image_is_a_content_part_behind_the_text(tmp_path: Path) -> None:
+def test_an_image_is_a_content_part_after_the_text(tmp_path: Path) -> None:
     """Bytes and files become a `data:` URL of their type, a URL goes as it is."""
     path = tmp_path / "image.png"
     path.write_bytes(PNG)
-    url = "http://127.0.0.1:1/cat"
+    url = f"{NOWHERE}/cat"
     parts = [
         picture(path=str(path)),
         TextPart("See"),
@@ -260,8 +240,7 @@ def test_an_image_is_a_content_part_behind_the_text(tmp_path: Path) -> None:
 
 def test_an_image_that_a_tool_attached_is_shown_to_vision() -> None:
     """The result is text, and its image a content part."""
-    result = ToolResultPart("draw", "done", attachments=[llm.Attachment(type="image/png", content=PNG)])
-    assert build_messages([message("tool", result)], IMAGE_TYPES)[0]["content"] == [
+    assert build_messages([message("tool", DREW)], IMAGE_TYPES)[0]["content"] == [
         {"type": "text", "text": "[the tool draw returned: done]"},
         {"type": "image_url", "image_url": {"url": PNG_URL}},
     ]
@@ -270,7 +249,7 @@ def test_an_image_that_a_tool_attached_is_shown_to_vision() -> None:
 def test_what_is_no_image_is_a_note_for_vision_too() -> None:
     """A conversation begun with another model may hold a PDF, from bytes or from a URL."""
     pdf = picture(type="application/pdf", content=b"%PDF-")
-    parts = [TextPart("Read"), pdf, picture(type="audio/wav", url="http://127.0.0.1:1/a.wav")]
+    parts = [TextPart("Read"), pdf, picture(type="audio/wav", url=f"{NOWHERE}/a.wav")]
     assert build_messages([message("user", *parts)], IMAGE_TYPES)[0]["content"] == (
         "Read\n[application/pdf attachment, not shown to this model]\n[audio/wav attachment, not shown to this model]"
     )
@@ -302,19 +281,20 @@ def test_an_image_by_url_is_not_fetched(ask: Ask, server: Loopback) -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        pytest.param({"prompt": None}, id="none"),
-        pytest.param({"prompt": ""}, id="empty"),
-        pytest.param({"prompt": "", "tools": [llm.Tool("look")]}, id="tools only"),
-        pytest.param({"prompt": None, "schema": {"type": "object"}}, id="a schema only"),
-        pytest.param({"prompt": None, "fragments": [""]}, id="an empty fragment"),
-        pytest.param({"prompt": None, "messages": []}, id="no messages"),
+        {},
+        {"prompt": ""},
+        {"tools": [llm.Tool("look")]},
+        {"schema": {"type": "object"}},
+        {"fragments": [""]},
+        {"messages": []},
     ],
+    ids=["none", "empty", "tools only", "a schema only", "an empty fragment", "no messages"],
 )
 def test_an_empty_prompt_is_an_error_before_anything_is_sent(
     ask: Ask, service: HTTPXMock, model: str, prompt: dict[str, Any]
 ) -> None:
     """Nothing to ask is nothing to send."""
-    assert ask(model=model, **prompt).line == "the prompt is empty: nothing was sent"
+    assert ask(**{"prompt": None, **prompt}, model=model).line == "the prompt is empty: nothing was sent"
     assert service.get_requests() == []
 
 
@@ -420,7 +400,7 @@ def test_a_proxy_with_a_password_is_refused_by_every_command(
     command: str, user_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command line says what to do instead, repeats no password, and writes none down."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")  # where a prompt goes if it is not refused
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", NOWHERE)  # where a prompt goes if it is not refused
     result = CliRunner().invoke(cli, command.format(SECRET_PROXIES.split()[0]).split())
     assert result.exit_code == 1
     assert "set HTTPS_PROXY instead" in result.output

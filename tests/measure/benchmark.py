@@ -315,7 +315,7 @@ def growth(figure: str, results: dict[str, list[Seconds]], small: str, large: st
 # The figures
 
 # `llm` and the seconds of CPU and wall time from the loading of its plugins on. What comes before is the same with
-# and without this one, and varies by more than all that comes behind.
+# and without this one, and varies by more than all that comes after.
 START = """
 import contextlib, json, importlib, sys, time
 from llm import plugins
@@ -451,7 +451,7 @@ class Benchmark:
         seconds, heavy = median(float(output[0]) for output in outputs), outputs[0][1:]
         loaded = f"loads {', '.join(heavy)}" if heavy else "nothing heavy loaded"
         met = seconds < 0.005 and not heavy
-        yield Row("`import llm_autonomous` behind `import llm`", shown(seconds), "", loaded, "less than 5 ms", met)
+        yield Row("`import llm_autonomous` after `import llm`", shown(seconds), "", loaded, "less than 5 ms", met)
 
     def growth(self) -> Iterator[Row]:
         import llm

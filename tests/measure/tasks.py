@@ -218,8 +218,8 @@ class Task:
     check: Callable[[Any], bool] = bool
 
 
-def tool_task(id: str, tools: tuple[Tool, ...], *turns: Turn) -> Task:
-    return Task(id, "tool" if any(turn.calls for turn in turns) else "no tool", turns, tools)
+def tool_task(id: str, tools: tuple[Tool, ...], prompt: str, *calls: Call, final: str = r"\S") -> Task:
+    return Task(id, "tool" if calls else "no tool", (Turn(prompt, calls, final),), tools)
 
 
 def schema_task(id: str, schema: dict[str, Any], prompt: str, check: Callable[[Any], bool]) -> Task:
@@ -230,6 +230,10 @@ def both_task(
     id: str, tools: tuple[Tool, ...], schema: dict[str, Any], turn: Turn, check: Callable[[Any], bool]
 ) -> Task:
     return Task(id, "both", (turn,), tools, schema, check)
+
+
+def call(tool: str, /, **arguments: Any) -> Call:
+    return (tool, arguments)
 
 
 def low(value: Any) -> str:
@@ -263,16 +267,16 @@ class Team(BaseModel):
 
 
 def convert(amount: float, source: str, target: str) -> Call:
-    return ("convert_currency", {"amount": amount, "from_currency": source, "to_currency": target})
+    return call("convert_currency", amount=amount, from_currency=source, to_currency=target)
 
 
 def weather(city: str) -> Call:
-    return ("get_weather", {"city": pattern(city), "unit": CELSIUS})
+    return call("get_weather", city=pattern(city), unit=CELSIUS)
 
 
 def to_do(task: str) -> Call:
     any_tags = Optional(lambda value: isinstance(value, list))
-    return ("todo_add", {"task": pattern(task), "priority": Optional("low", "medium", "high"), "tags": any_tags})
+    return call("todo_add", task=pattern(task), priority=Optional("low", "medium", "high"), tags=any_tags)
 
 
 # The open tasks
@@ -286,151 +290,122 @@ OPEN = (
     tool_task(
         "T01",
         (get_weather,),
-        Turn(
-            "What's the weather like in Berlin right now?",
-            (("get_weather", {"city": "Berlin", "unit": CELSIUS}),),
-            r"17|rain",
-        ),
+        "What's the weather like in Berlin right now?",
+        call("get_weather", city="Berlin", unit=CELSIUS),
+        final=r"17|rain",
     ),
-    tool_task("T03", MIX, Turn("How much is 250 US dollars in euros?", (convert(250, "USD", "EUR"),), r"230")),
+    tool_task("T03", MIX, "How much is 250 US dollars in euros?", convert(250, "USD", "EUR"), final=r"230"),
     tool_task(
         "T07",
         MIX,
-        Turn(
-            "Find me three books about Roman history",
-            (("search_books", {"query": pattern("roman"), "max_results": 3}),),
-            r"SPQR|Another",
-        ),
+        "Find me three books about Roman history",
+        call("search_books", query=pattern("roman"), max_results=3),
+        final=r"SPQR|Another",
     ),
     tool_task(
         "T08",
         MIX,
-        Turn(
-            "Email anna@example.com and bob@example.com with the subject 'Lunch', saying 'See you at noon'.",
-            (
-                (
-                    "send_email",
-                    {
-                        "to": ["anna@example.com", "bob@example.com"],
-                        "subject": "Lunch",
-                        "body": pattern("see you at noon"),
-                        "cc": Optional([]),
-                    },
-                ),
-            ),
-            r"sent|email",
+        "Email anna@example.com and bob@example.com with the subject 'Lunch', saying 'See you at noon'.",
+        call(
+            "send_email",
+            to=["anna@example.com", "bob@example.com"],
+            subject="Lunch",
+            body=pattern("see you at noon"),
+            cc=Optional([]),
         ),
+        final=r"sent|email",
     ),
     tool_task(
         "T09",
         MIX,
-        Turn(
-            "Put a 30 minute meeting 'Design review' into my calendar on 2026-12-03 at 14:00.",
-            (
-                (
-                    "create_event",
-                    {
-                        "title": pattern("design review"),
-                        "date": "2026-12-03",
-                        "start_time": "14:00",
-                        "duration_minutes": 30,
-                        "attendees": Optional([]),
-                    },
-                ),
-            ),
-            r"design review|created|calendar|scheduled",
+        "Put a 30 minute meeting 'Design review' into my calendar on 2026-12-03 at 14:00.",
+        call(
+            "create_event",
+            title=pattern("design review"),
+            date="2026-12-03",
+            start_time="14:00",
+            duration_minutes=30,
+            attendees=Optional([]),
         ),
+        final=r"design review|created|calendar|scheduled",
     ),
     tool_task(
         "T14",
         HOME,
-        Turn(
-            "Turn off the light in the kitchen",
-            (("set_light", {"room": "kitchen", "state": "off", "brightness": Optional(0)}),),
-        ),
+        "Turn off the light in the kitchen",
+        call("set_light", room="kitchen", state="off", brightness=Optional(0)),
     ),
     tool_task(
         "T15",
         HOME,
-        Turn(
-            "Switch the living room light on at 40 percent",
-            (("set_light", {"room": pattern("living[ _]?room"), "state": "on", "brightness": 40}),),
-        ),
+        "Switch the living room light on at 40 percent",
+        call("set_light", room=pattern("living[ _]?room"), state="on", brightness=40),
     ),
     tool_task(
         "T18",
         HOME,
-        Turn(
-            "Add 'renew passport' to my to-do list with high priority, tagged travel and documents.",
-            (("todo_add", {"task": pattern("renew passport"), "priority": "high", "tags": ["travel", "documents"]}),),
-        ),
+        "Add 'renew passport' to my to-do list with high priority, tagged travel and documents.",
+        call("todo_add", task=pattern("renew passport"), priority="high", tags=["travel", "documents"]),
     ),
     tool_task(
         "P01",
         (get_weather, get_time),
-        Turn("What's the weather in Paris and in Rome?", (weather("Paris"), weather("Rome")), r"(?=.*Paris)(?=.*Rome)"),
+        "What's the weather in Paris and in Rome?",
+        weather("Paris"),
+        weather("Rome"),
+        final=r"(?=.*Paris)(?=.*Rome)",
     ),
     tool_task(
         "P02",
         HOME,
-        Turn(
-            "Turn on the light in the bedroom and set its thermostat to 19 degrees.",
-            (
-                ("set_light", {"room": "bedroom", "state": "on", "brightness": Optional(100)}),
-                ("set_thermostat", {"room": "bedroom", "temperature": 19}),
-            ),
-        ),
+        "Turn on the light in the bedroom and set its thermostat to 19 degrees.",
+        call("set_light", room="bedroom", state="on", brightness=Optional(100)),
+        call("set_thermostat", room="bedroom", temperature=19),
     ),
     tool_task(
         "P03",
         MIX,
-        Turn(
-            "Convert 100 GBP to USD, and also 100 GBP to JPY.",
-            (convert(100, "GBP", "USD"), convert(100, "GBP", "JPY")),
-            r"(?=.*125)(?=.*18[, ]?750)",
-        ),
+        "Convert 100 GBP to USD, and also 100 GBP to JPY.",
+        convert(100, "GBP", "USD"),
+        convert(100, "GBP", "JPY"),
+        final=r"(?=.*125)(?=.*18[, ]?750)",
     ),
     tool_task(
         "P04",
         HOME,
-        Turn(
-            "Add three to-dos: buy milk, call mum, pay rent.", (to_do("buy milk"), to_do("call mum"), to_do("pay rent"))
-        ),
+        "Add three to-dos: buy milk, call mum, pay rent.",
+        to_do("buy milk"),
+        to_do("call mum"),
+        to_do("pay rent"),
     ),
     tool_task(
         "R01",
         (find_user, get_user),
-        Turn(
-            "What is the e-mail address of the user Alice Smith?",
-            (("find_user", {"name": "Alice Smith"}), ("get_user", {"user_id": 31})),
-            r"alice\.smith@example\.org",
-        ),
+        "What is the e-mail address of the user Alice Smith?",
+        call("find_user", name="Alice Smith"),
+        call("get_user", user_id=31),
+        final=r"alice\.smith@example\.org",
     ),
     tool_task(
         "R04",
         MATHS,
-        Turn(
-            "Multiply 12 by 13, then add 100 to the result.",
-            (("multiply", {"a": 12, "b": 13}), ("add", {"a": one_of(156, 100), "b": one_of(156, 100)})),
-            r"256",
-        ),
+        "Multiply 12 by 13, then add 100 to the result.",
+        call("multiply", a=12, b=13),
+        call("add", a=one_of(156, 100), b=one_of(156, 100)),
+        final=r"256",
     ),
     tool_task(
-        "L02", MIX, Turn("Combien font 125 euros en dollars américains ?", (convert(125, "EUR", "USD"),), r"135[.,]87")
+        "L02", MIX, "Combien font 125 euros en dollars américains ?", convert(125, "EUR", "USD"), final=r"135[.,]87"
     ),
-    tool_task("N02", MIX, Turn("What is the capital of France?", (), r"Paris")),
+    tool_task("N02", MIX, "What is the capital of France?", final=r"Paris"),
     tool_task(
         "N04",
         MIX,
-        Turn(
-            "Draft a short e-mail to my landlord about a dripping tap. Don't send it, I only want to read the text "
-            "here.",
-            (),
-            r"tap|drip",
-        ),
+        "Draft a short e-mail to my landlord about a dripping tap. Don't send it, I only want to read the text here.",
+        final=r"tap|drip",
     ),
-    tool_task("N08", (translate, get_time), Turn("Hello! How are you?", (), r"\w")),
-    tool_task("N12", HOME, Turn("What can you do for me?", (), r"light|thermostat|to-?do|weather")),
+    tool_task("N08", (translate, get_time), "Hello! How are you?", final=r"\w"),
+    tool_task("N12", HOME, "What can you do for me?", final=r"light|thermostat|to-?do|weather"),
     schema_task(
         "S01",
         llm.schema_dsl("name, age int"),
@@ -509,7 +484,7 @@ OPEN = (
         "B01",
         (get_user,),
         llm.schema_dsl("name, email"),
-        Turn("Look up the user with id 31 and give me the name and the email.", (("get_user", {"user_id": 31}),)),
+        Turn("Look up the user with id 31 and give me the name and the email.", (call("get_user", user_id=31),)),
         lambda value: value["email"] == "alice.smith@example.org",
     ),
 )
@@ -519,134 +494,126 @@ OPEN = (
 
 
 def light_off(room: str) -> Call:
-    return ("set_light", {"room": pattern(room), "state": "off", "brightness": Optional(0)})
+    return call("set_light", room=pattern(room), state="off", brightness=Optional(0))
 
 
 def mail(to: str, subject: str, body: str) -> Call:
-    return ("send_email", {"to": [to], "subject": subject, "body": pattern(body), "cc": Optional([])})
+    return call("send_email", to=[to], subject=subject, body=pattern(body), cc=Optional([]))
 
 
-ALICE: tuple[Call, ...] = (("find_user", {"name": "Alice Smith"}), ("get_user", {"user_id": 31}))
+ALICE: tuple[Call, ...] = (call("find_user", name="Alice Smith"), call("get_user", user_id=31))
 
 OWN = (
     # Several calls
     tool_task(
         "C01",
         MIX,
-        Turn(
-            "Is it warmer in Oslo or in Lisbon right now?",
-            (weather("Oslo"), weather("Lisbon")),
-            r"(?=.*Oslo)(?=.*Lisbon)|same",
-        ),
+        "Is it warmer in Oslo or in Lisbon right now?",
+        weather("Oslo"),
+        weather("Lisbon"),
+        final=r"(?=.*Oslo)(?=.*Lisbon)|same",
     ),
     tool_task(
         "C02",
         HOME,
-        Turn(
-            "Turn off the lights in the kitchen, the hall and the bathroom.",
-            (light_off("kitchen"), light_off("hall"), light_off("bathroom")),
-        ),
+        "Turn off the lights in the kitchen, the hall and the bathroom.",
+        light_off("kitchen"),
+        light_off("hall"),
+        light_off("bathroom"),
     ),
     tool_task(
         "C03",
         (get_stock_price, get_time, convert_currency),
-        Turn(
-            "What are the latest prices of the shares AAPL and MSFT?",
-            (("get_stock_price", {"symbol": "AAPL"}), ("get_stock_price", {"symbol": "MSFT"})),
-            r"231\.5",
-        ),
+        "What are the latest prices of the shares AAPL and MSFT?",
+        call("get_stock_price", symbol="AAPL"),
+        call("get_stock_price", symbol="MSFT"),
+        final=r"231\.5",
     ),
     # Several rounds
     tool_task(
         "R11",
         (search_books, get_book),
-        Turn(
-            "How many pages does the book Dune have?",
-            (
-                ("search_books", {"query": pattern("dune"), "max_results": Optional(lambda value: value > 0)}),
-                ("get_book", {"book_id": 88}),
-            ),
-            r"412",
-        ),
+        "How many pages does the book Dune have?",
+        call("search_books", query=pattern("dune"), max_results=Optional(lambda value: value > 0)),
+        call("get_book", book_id=88),
+        final=r"412",
     ),
     tool_task(
         "R12",
         (get_stock_price, multiply),
-        Turn(
-            "Look up the latest price of the AAPL share, then multiply it by 12.",
-            (("get_stock_price", {"symbol": "AAPL"}), ("multiply", {"a": one_of(231.5, 12), "b": one_of(231.5, 12)})),
-            r"2[, ]?778",
-        ),
+        "Look up the latest price of the AAPL share, then multiply it by 12.",
+        call("get_stock_price", symbol="AAPL"),
+        call("multiply", a=one_of(231.5, 12), b=one_of(231.5, 12)),
+        final=r"2[, ]?778",
     ),
     tool_task(
         "R13",
         (find_user, get_user, send_email),
-        Turn(
-            "Find out the e-mail address of the user Alice Smith, then send her an e-mail with the subject 'Invoice' "
-            "and the text 'It is attached.'",
-            (*ALICE, mail("alice.smith@example.org", "Invoice", "it is attached")),
-            r"sent|alice",
-        ),
+        "Find out the e-mail address of the user Alice Smith, then send her an e-mail with the subject 'Invoice' "
+        "and the text 'It is attached.'",
+        *ALICE,
+        mail("alice.smith@example.org", "Invoice", "it is attached"),
+        final=r"sent|alice",
     ),
     tool_task(
         "R14",
         DEV,
-        Turn(
-            "Which files are in the directory src? Read the one that is there and tell me what it prints.",
-            (
-                ("list_files", {"directory": pattern(r"^(\./)?src/?$")}),
-                ("read_file", {"path": pattern(r"^(\./)?src/main\.py$")}),
-            ),
-            r"hello from main",
-        ),
+        "Which files are in the directory src? Read the one that is there and tell me what it prints.",
+        call("list_files", directory=pattern(r"^(\./)?src/?$")),
+        call("read_file", path=pattern(r"^(\./)?src/main\.py$")),
+        final=r"hello from main",
     ),
     tool_task(
         "R15",  # the tool fails
         DEV,
-        Turn(
-            "Read the file notes.txt and tell me what it says.",
-            (("read_file", {"path": pattern(r"^(\./)?notes\.txt$")}),),
-            r"n't|not |no such|unable",
-        ),
+        "Read the file notes.txt and tell me what it says.",
+        call("read_file", path=pattern(r"^(\./)?notes\.txt$")),
+        final=r"n't|not |no such|unable",
     ),
-    tool_task(
+    Task(
         "R16",  # a second question, which needs no tool
+        "tool",
+        (
+            Turn("What's the weather in Madrid?", (weather("Madrid"),), r"17|rain"),
+            Turn("Thank you. And which country is that city the capital of?", (), r"Spain"),
+        ),
         (get_weather,),
-        Turn("What's the weather in Madrid?", (weather("Madrid"),), r"17|rain"),
-        Turn("Thank you. And which country is that city the capital of?", (), r"Spain"),
     ),
     # Other languages
-    tool_task("L11", HOME, Turn("Mach bitte das Licht im Schlafzimmer aus.", (light_off("schlafzimmer|bedroom"),))),
+    tool_task("L11", HOME, "Mach bitte das Licht im Schlafzimmer aus.", light_off("schlafzimmer|bedroom")),
     tool_task(
         "L12",
         (get_weather, get_time),
-        Turn("¿Qué tiempo hace ahora en Sevilla?", (weather("sevill"),), r"17|lluvia|lloviendo|rain"),
+        "¿Qué tiempo hace ahora en Sevilla?",
+        weather("sevill"),
+        final=r"17|lluvia|lloviendo|rain",
     ),
     tool_task(
         "L13",
         (get_weather, get_time),
-        Turn("東京は今何時ですか。", (("get_time", {"timezone": "Asia/Tokyo"}),), r"(19|7)\s*[:時]\s*30|7時半"),
+        "東京は今何時ですか。",
+        call("get_time", timezone="Asia/Tokyo"),
+        final=r"(19|7)\s*[:時]\s*30|7時半",
     ),
     # No tool is needed, or none is wanted
-    tool_task("N11", MIX, Turn("Wie heißt die Hauptstadt von Italien?", (), r"\bRom\b")),
-    tool_task("N13", (send_email, create_event), Turn("Thanks, that was all I needed!", (), r"\w")),
+    tool_task("N11", MIX, "Wie heißt die Hauptstadt von Italien?", final=r"\bRom\b"),
+    tool_task("N13", (send_email, create_event), "Thanks, that was all I needed!", final=r"\w"),
     tool_task(
-        "N14",
-        HOME,
-        Turn("Suggest three things to do before moving house. Do not add them to my to-do list.", (), r"\w"),
+        "N14", HOME, "Suggest three things to do before moving house. Do not add them to my to-do list.", final=r"\w"
     ),
     tool_task(
         "N15",
         DEV,
-        Turn("Write an SQL query that counts the rows of the table orders. Don't run it, just show it.", (), r"SELECT"),
+        "Write an SQL query that counts the rows of the table orders. Don't run it, just show it.",
+        final=r"SELECT",
     ),
-    tool_task("N16", MIX, Turn("What is 'good morning' in French?", (), r"bonjour")),
+    tool_task("N16", MIX, "What is 'good morning' in French?", final=r"bonjour"),
     # A tool and a schema together
     both_task(
         "B11",
         (get_book,),
         llm.schema_dsl("author, pages int, year int"),
-        Turn("Look up the book with the id 88.", (("get_book", {"book_id": 88}),)),
+        Turn("Look up the book with the id 88.", (call("get_book", book_id=88),)),
         lambda value: value == {"author": "Frank Herbert", "pages": 412, "year": 1965},
     ),
     both_task(
@@ -677,7 +644,7 @@ OWN = (
         "B15",
         MATHS,
         llm.schema_dsl("result float"),
-        Turn("Multiply 1234 by 5678.", (("multiply", {"a": one_of(1234, 5678), "b": one_of(1234, 5678)}),)),
+        Turn("Multiply 1234 by 5678.", (call("multiply", a=one_of(1234, 5678), b=one_of(1234, 5678)),)),
         lambda value: value["result"] == 7006652,
     ),
     both_task(
