@@ -744,7 +744,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
         elif isinstance(held.get("text"), str):
             text += held["text"]
         else:
-            more = more or holds_more(held, {"type"})
+            more = more or "text" in held or holds_more(held, {"type"})
     return text, thought, more
 
 
@@ -772,6 +772,8 @@ class Thinking:
 
     def feed(self, pieces: list[str | StreamEvent], end: bool = False) -> list[str | StreamEvent]:
         """The ``pieces`` of `Completion`, with the reasoning at the start of their text turned into events."""
+        if self.answered:
+            return pieces
         split: list[str | StreamEvent] = []
         for piece in pieces:
             split += [piece] if self.answered or not isinstance(piece, str) else self._split(piece)
@@ -1491,6 +1493,7 @@ class Attempt:
         self.completion = Completion()
         self.thinking = Thinking()
         self.parser = ToolCallParser({tool.name for tool in exchange.tools}) if exchange.tools else None
+        self.coded = False  # the body is compressed; what is not is passed on with less work
         self.refusal: httpx.Response | None = None  # status and headers, if the status is not 2xx
         self.beginning = b""  # of the body, to be quoted in an error
         self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected
@@ -1529,6 +1532,7 @@ class Attempt:
         self.refusal = None if head.is_success else head
         named = head.headers.get("content-encoding", "")
         codings = re.findall(CODINGS, named.lower())
+        self.coded = bool(codings)
         if codings == ["x-gzip"]:
             head.headers["content-encoding"] = "gzip"  # httpx knows only this name
         elif codings not in ([], ["gzip"], ["deflate"]):
@@ -1884,7 +1888,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                     with contextlib.closing(http.send(request, stream=True)) as head:
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        for data in head.iter_bytes():
+                        for data in head.iter_bytes() if attempt.coded else head.iter_raw():
                             yield from attempt.feed(data)
                             if attempt.done:
                                 break
@@ -1916,7 +1920,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     async with contextlib.aclosing(head):
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        async for data in head.aiter_bytes():
+                        async for data in head.aiter_bytes() if attempt.coded else head.aiter_raw():
                             for piece in attempt.feed(data):
                                 yield piece
                             if attempt.done:
