@@ -433,7 +433,7 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
     if "*" in unproxied or any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
         return ""
     scheme = url.scheme if proxies.get(url.scheme) else "all"
-    proxy = proxies.get(scheme) or ""
+    proxy = proxies.get(scheme, "").strip()
     if proxy and "://" not in proxy:
         proxy = f"http://{proxy}"
     if proxy and not parse_url(proxy, PROXY_SCHEMES):  # do not quote it: it may contain a password
@@ -640,6 +640,11 @@ class Completion:
         # Each piece is work for `llm`, so texts that arrive together are joined.
         return ["".join(pieces)] if len(pieces) > 1 and {*map(type, pieces)} == {str} else pieces
 
+    @property
+    def finish_reason(self) -> str:
+        """The finish reason, in a form that is fit for an error; empty if there is none."""
+        return quoted(str(self.envelope.get("finish_reason", ""))[:100])
+
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
         begun = self._in_deltas or self.whole  # some text has come
@@ -739,7 +744,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
         elif isinstance(held.get("text"), str):
             text += held["text"]
         else:
-            more = more or bool(held.keys() - {"type"})
+            more = more or holds_more(held, {"type"})
     return text, thought, more
 
 
@@ -1160,10 +1165,9 @@ def quoted(words: str) -> str:
     return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
 
 
-def explained(error: AutonomousError, envelope: dict[str, Any]) -> AutonomousError:
+def explained(error: AutonomousError, reason: str) -> AutonomousError:
     """What is wrong with an answer, after what the finish reason says of it if that is unusual."""
-    reason = quoted(str(envelope.get("finish_reason", "stop")))
-    if re.search(USUAL_FINISH_REASON, reason) or f"(finish reason: {reason})" in error.message:
+    if not reason or re.search(USUAL_FINISH_REASON, reason) or f"(finish reason: {reason})" in error.message:
         return error
     at_limit = re.search(LIMIT_REASON, reason)
     cut_short = "was cut short because it reached the model's limit" if at_limit else "may be cut short"
@@ -1290,7 +1294,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
     if isinstance(error, AutonomousError):
         return error
     cause = root_cause(error)
-    reason = reason_of(cause)
+    reason = reason_of(cause) or "no reason was given"
     silent = isinstance(error, httpx.TimeoutException)
     # Other words of httpcore and h11 are about malformed replies; these mean a lost connection.
     dropped = isinstance(error, httpx.NetworkError) or str(error).startswith(("Server disconnected", "peer closed"))
@@ -1304,7 +1308,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         through = f" through the proxy {httpx.URL(proxy).netloc.decode()}" if proxy else ""
         if silent:
             reason = f"no reply within {min(timeout, CONNECT_TIMEOUT):g} s"
-        elif not reason or "EOF occurred" in reason:
+        elif isinstance(error, httpx.ConnectError) and (not reason_of(cause) or "EOF occurred" in reason):
             # Only a failed TLS handshake has no message, or this one of OpenSSL.
             reason = "the connection was closed during the TLS handshake"
         # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
@@ -1318,7 +1322,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
     if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
         return AutonomousError(f"the reply was not understood: {reason}")
-    return AutonomousError(f"the request failed: {reason or 'no reason was given'}")
+    return AutonomousError(f"the request failed: {reason}")
 
 
 # By OpenSSL's codes for what is wrong with a certificate.
@@ -1436,8 +1440,8 @@ class Exchange:
         if completion.not_understood is not None:
             excerpt = quoted(as_json(completion.not_understood))
             logger.warning("part of the reply was not understood; it begins: %s", excerpt)
-        reason = quoted(str(envelope.get("finish_reason", "stop")))
-        if not re.search(USUAL_FINISH_REASON, reason):
+        reason = completion.finish_reason
+        if reason and not re.search(USUAL_FINISH_REASON, reason):
             limit = ": it reached the model's limit" if re.search(LIMIT_REASON, reason) else ""
             logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not attempt.whole:
@@ -1546,7 +1550,7 @@ class Attempt:
             self.error = self._problem()
         if not self.error:
             pieces += self._parse([], end=True)
-            self.error = self.error and explained(self.error, self.completion.envelope)
+            self.error = self.error and explained(self.error, self.completion.finish_reason)
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
@@ -1622,14 +1626,14 @@ class Attempt:
         message = "the answer was empty"
         if self.thinking.reasoned:
             message += ", after some reasoning"
-        reason = quoted(str(self.completion.envelope.get("finish_reason", "")))
+        reason = self.completion.finish_reason
         if reason and not re.search(LIMIT_REASON, reason):  # the limit comes first, see explained()
             message += f" (finish reason: {reason})"
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
         error = AutonomousError(quoted(message), outage=True, correction=correction)
-        return explained(error, self.completion.envelope)
+        return explained(error, reason)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1940,12 +1944,9 @@ def autonomous() -> None:
     """
 
 
-SECONDS = click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT)
-
-
 @autonomous.command()
 @click.option("model_ids", "-m", "--model", multiple=True, help="Model to ask, can be repeated (default: all five)")
-@click.option("--timeout", type=SECONDS, default=20.0, show_default=True, help="Seconds to wait for each whole answer")
+@click.option("--timeout", default=20.0, show_default=True, help="Seconds to wait for each whole answer")
 @click.option("options", "-o", "--option", type=(str, str), multiple=True, help="Model option, such as: -o proxy URL")
 @click.option("json_", "--json", is_flag=True, help="Output JSON, once all models have answered")
 @click.option("--raw", is_flag=True, help="Print raw requests and replies to standard error, one model at a time")
@@ -1962,6 +1963,8 @@ def check(
     """
     import asyncio
 
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise click.BadParameter("must be more than 0, and at most a day", param_hint="'--timeout'")
     try:
         models = [llm.get_async_model(model_id) for model_id in model_ids]
         # --timeout limits each whole answer, so the limit on silence need not.

@@ -165,7 +165,8 @@ def text_of(message: dict[str, Any]) -> str:
 
 def own_text(message: dict[str, Any]) -> str:
     """The text in a message without the instructions that the client added."""
-    return INSTRUCTIONS.sub("", text_of(message)).strip("\n")
+    text, removed = INSTRUCTIONS.subn("", text_of(message))
+    return text.strip("\n") if removed else text
 
 
 def describe(request: Request) -> str:

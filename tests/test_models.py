@@ -147,10 +147,11 @@ def test_attachments_are_refused_before_anything_is_sent(ask: Ask, server: Loopb
 
 
 @pytest.mark.parametrize("image_type", sorted(IMAGE_TYPES))
-def test_vision_takes_the_four_types_of_image(ask: Ask, server: Loopback, image_type: str) -> None:
+def test_vision_takes_four_types_of_image_by_all_their_names(ask: Ask, server: Loopback, image_type: str) -> None:
     """PNG, JPEG, WebP and GIF."""
+    sent = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
     answer = ask("hi", "autonomous-vision", attachments=[llm.Attachment(type=image_type, content=b"...")])
-    assert answer.text == f"vision heard: hi\nPictures: data:{image_type};base64"
+    assert answer.text == f"vision heard: hi\nPictures: data:{sent.get(image_type, image_type)};base64"
 
 
 # The bare names

@@ -478,6 +478,7 @@ DEATHS: dict[str, Any] = {
     "event: error, no spaces": b'event:error\ndata:{"status": "no GPU"}\n\n',
     "event: error, a string": NAMED + b'"no GPU"\n\n',
     "event: error, a chunk": NAMED + b'{"choices": [], "reason": "no GPU"}\n\n',
+    "event: error, bare JSON": b'event: error\n{"message": "no GPU"}\n\n',
     "event: error, text": b"event: error\n" + event(delta("no GPU")),
     "event: error, words": NAMED + b"no GPU\n\n",
     "event: error, in lines": NAMED + b'{"message":\ndata:  "no GPU"}\n\n',
@@ -494,8 +495,8 @@ DEATHS: dict[str, Any] = {
     "in x_groq, without choices": {"choices": [], "x_groq": {"error": ERROR}},
 }
 NAMELESS = {"no data": b"event: error\n\n", "{}": NAMED + b"{}\n\n", "null": NAMED + b"null\n\n"}
-# What is an error only if there is no text
-UNCLEAR: dict[str, Any] = {
+# A reason in place of a choice
+REASONS: dict[str, Any] = {
     "base_resp": {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "no GPU"}},
     "detail": {"choices": [], "detail": "no GPU"},
     "message": {"message": "no GPU"},
@@ -509,9 +510,9 @@ ERRORS = {
     },
     **{f"{name}, as a whole reply": Row(body(value), error=f"{REPORTED} … no GPU") for name, value in REPORTS.items()},
     "in the message": Row(body(message("", "error", error=ERROR)), error=f"{REPORTED} … no GPU"),
-    **{f"{name}, first": Row(events(value), error="no GPU") for name, value in {**DEATHS, **UNCLEAR}.items()},
+    **{f"{name}, first": Row(events(value), error="no GPU") for name, value in {**DEATHS, **REASONS}.items()},
     **{f"{name}, later": Row(A + events(value), "a", error="no GPU") for name, value in DEATHS.items()},
-    **{f"{name}, later": Row(A + stream(v), "a", warning=f"{PARTLY} … no GPU") for name, v in UNCLEAR.items()},
+    **{f"{name}, later": Row(A + stream(v), "a", error=f"{REPORTED} … no GPU") for name, v in REASONS.items()},
     **{f"event: error, {name}, first": Row(value, error="error") for name, value in NAMELESS.items()},
     **{f"event: error, {name}, later": Row(A + value + DONE, "a", error="error") for name, value in NAMELESS.items()},
     "last words after a delta": Row(A + b"Oh no\n", "a", error=f"{INCOMPLETE} … Oh no"),
