@@ -74,13 +74,8 @@ def ended(text: str, reason: str, stream: bool = True) -> Any:
 # Tools
 
 
-class Wordless(Exception):
-    def __str__(self) -> str:
-        return "  "
-
-
 NOTHING = ["", None, " \n\t", "\u3000\xa0", "\r\n", llm.ToolOutput("\n")]
-ERRORS = [ValueError(), KeyError(), AssertionError(""), TimeoutError(), ValueError(" \n"), ValueError(None), Wordless()]
+ERRORS = [ValueError(), KeyError(), AssertionError(""), TimeoutError(), ValueError(" \n"), ValueError(None)]
 
 
 @pytest.mark.parametrize("result", [*NOTHING, *ERRORS])
@@ -189,7 +184,9 @@ def test_system_text_goes_to_the_first_message_of_the_user(
 
 
 @pytest.mark.parametrize("role", ["assistant", "system"])
-@pytest.mark.parametrize("source", [{"content": PNG}, {"url": "https://127.0.0.1:1/cat.gif"}, {"path": "/no/such.png"}])
+@pytest.mark.parametrize(
+    "source", [{"content": PNG}, {"url": "https://127.0.0.1:1/cat.gif"}, {"path": str(TESTS / "picture.png")}]
+)
 def test_pictures_go_under_user_alone(ask: Ask, server: Loopback, role: str, source: dict[str, Any]) -> None:
     """What the assistant or a system message shows is a note, in this turn and in later ones."""
     message = showing("Look", picture(**source), role=role)
