@@ -885,7 +885,7 @@ class ToolCallParser:
         seems_a_call = (
             wrapping["function"] in self.names
             or (first and value.startswith(RESULT_TAG))
-            or (own and value.startswith(("{", "[")))
+            or (own and (not value or value.startswith(("{", "["))))  # nothing, if the answer was cut there
             or ((own or (first and not wrapping[0])) and self._in_code.match(value))
             or self._in_json.match(value)
         )
@@ -948,7 +948,9 @@ class ToolCallParser:
         except (ValueError, RecursionError) as error:
             problem = f"it is no valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
             correction = BROKEN_CALL.format(problem=problem)
-            raise misread(f"the model's tool call cannot be read, {problem}", text[place:], correction) from None
+            raise misread(
+                f"the model's tool call cannot be read, {problem}", text[place:] or wrapping[0], correction
+            ) from None
         return calls, end
 
 
@@ -1493,7 +1495,6 @@ class Attempt:
         self.completion = Completion()
         self.thinking = Thinking()
         self.parser = ToolCallParser({tool.name for tool in exchange.tools}) if exchange.tools else None
-        self.coded = False  # the body is compressed; what is not is passed on with less work
         self.refusal: httpx.Response | None = None  # status and headers, if the status is not 2xx
         self.beginning = b""  # of the body, to be quoted in an error
         self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected
@@ -1532,7 +1533,6 @@ class Attempt:
         self.refusal = None if head.is_success else head
         named = head.headers.get("content-encoding", "")
         codings = re.findall(CODINGS, named.lower())
-        self.coded = bool(codings)
         if codings == ["x-gzip"]:
             head.headers["content-encoding"] = "gzip"  # httpx knows only this name
         elif codings not in ([], ["gzip"], ["deflate"]):
@@ -1580,10 +1580,9 @@ class Attempt:
         end = end or self.framing.ended
         pieces: list[Any] = self.thinking.feed(self.completion.feed(values, end), end) if values or end else []
         self.error = self.completion.error or self.framing.error
-        if not pieces:
-            return []
-        self.deadline = None  # the answer goes on
-        return self._parse(pieces)
+        if pieces:
+            self.deadline = None  # the answer goes on
+        return self._parse(pieces) if pieces else []
 
     def _parse(self, pieces: list[Any], end: bool = False) -> list[Any]:
         """Find the tool calls. If there is a schema, keep the answer until it is complete and can be checked."""
@@ -1649,13 +1648,12 @@ class Attempt:
             return pieces
         out: list[str | StreamEvent] = []
         for piece in pieces:
-            if isinstance(piece, llm.ToolCall):
-                # The events keep the call in its place among the text.
-                self.exchange.response.add_tool_call(piece)
-                for kind, chunk in (("tool_call_name", piece.name), ("tool_call_args", json.dumps(piece.arguments))):
-                    out.append(StreamEvent(type=kind, chunk=chunk, tool_call_id=piece.tool_call_id))
-            else:
+            if not isinstance(piece, llm.ToolCall):
                 out.append(piece)
+                continue
+            self.exchange.response.add_tool_call(piece)  # and the events keep it in its place among the text
+            for kind, chunk in (("tool_call_name", piece.name), ("tool_call_args", json.dumps(piece.arguments))):
+                out.append(StreamEvent(type=kind, chunk=chunk, tool_call_id=piece.tool_call_id))
         return out
 
 
@@ -1888,7 +1886,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                     with contextlib.closing(http.send(request, stream=True)) as head:
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        for data in head.iter_bytes() if attempt.coded else head.iter_raw():
+                        for data in head.iter_bytes() if "content-encoding" in head.headers else head.iter_raw():
                             yield from attempt.feed(data)
                             if attempt.done:
                                 break
@@ -1920,7 +1918,9 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     async with contextlib.aclosing(head):
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        async for data in head.aiter_bytes() if attempt.coded else head.aiter_raw():
+                        async for data in (
+                            head.aiter_bytes() if "content-encoding" in head.headers else head.aiter_raw()
+                        ):
                             for piece in attempt.feed(data):
                                 yield piece
                             if attempt.done:
