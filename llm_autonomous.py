@@ -1886,7 +1886,8 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                     with contextlib.closing(http.send(request, stream=True)) as head:
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        for data in head.iter_bytes() if "content-encoding" in head.headers else head.iter_raw():
+                        body = head.iter_bytes() if "content-encoding" in head.headers else head.iter_raw()
+                        for data in body:
                             yield from attempt.feed(data)
                             if attempt.done:
                                 break
