@@ -289,7 +289,7 @@ def test_the_package_is_what_it_says() -> None:
     """Name, version, Python, the three dependencies, the extras, and the entry point that `llm` looks for."""
     distribution = importlib.metadata.distribution("llm-autonomous")
     required = [line.replace(" ", "").replace("'", '"') for line in distribution.requires or []]
-    assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.3")
+    assert (distribution.metadata["Name"], distribution.version) == ("llm-autonomous", "0.4")
     assert distribution.metadata["Requires-Python"] == ">=3.10"
     assert sorted(line for line in required if "extra==" not in line) == [
         "httpx>=0.27",
