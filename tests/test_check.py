@@ -215,7 +215,6 @@ def test_a_timeout_of_silence_is_followed(server: Loopback) -> None:
     [
         ("-o proxy ftp://proxy", "proxy: Value error, must be an http://, https://"),
         ("-o proxy http://me:hunter2@proxy", "set HTTPS_PROXY instead"),
-        ("-o proxy me:hunter2@proxy", "set HTTPS_PROXY instead"),
         ("-o timeout 0", "timeout: Input should be greater than 0"),
         ("-o temperature 1", "temperature: Extra inputs are not permitted"),
         ("-m autonomous-llama -m autonomous-gpt", "Unknown model: autonomous-gpt"),
