@@ -90,10 +90,8 @@ def test_one_model_that_fails_fails_the_check(server: Loopback) -> None:
     server.answer = failing("hermes", say([b'{"error": {"message": "no GPU left"}}'], status="503 Service Unavailable"))
     result = check()
     rows = rows_of(result.output)
-    assert rows.pop("autonomous-hermes") == (
-        "chat-hermes",
-        f"127.0.0.1:{server.port}: HTTP 503 Service Unavailable: no GPU left",
-    )
+    error = f"127.0.0.1:{server.port}: HTTP 503 Service Unavailable: no GPU left"
+    assert rows.pop("autonomous-hermes") == ("chat-hermes", error)
     assert len(rows) == 4
     assert all(shown.startswith("ok, ") for _, shown in rows.values())
     assert result.exit_code == 1
