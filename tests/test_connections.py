@@ -251,16 +251,6 @@ print(failures)
     assert until(lambda: not server.open)
 
 
-def test_sync_and_async_side_by_side(server: Loopback) -> None:
-    """A sync prompt between the prompts of an event loop disturbs neither."""
-
-    async def ask() -> list[str]:
-        return [(await ask_async()).text, ask_sync().text, (await ask_async()).text]
-
-    assert asyncio.run(ask()) == [GOOD] * 3
-    assert server.connections == 2
-
-
 def test_nothing_is_left_of_a_loop_that_is_gone(server: Loopback) -> None:
     """Three times asyncio.run, with a client that is idle at the end: all answer, no warning, nothing is left open."""
 
