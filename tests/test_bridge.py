@@ -151,6 +151,7 @@ def test_a_request_that_is_not_in_the_wire_format_is_refused(bridge: Bridge, ups
 
 
 STREAM = event(delta("a")) + event(delta("b", "stop")) + event({"choices": [], "usage": USAGE}) + DONE
+REASONING = event({"choices": [{"delta": {"reasoning_content": "hm", "content": None}}]})
 WHOLE = json.dumps({"choices": [{"message": {"content": "ü"}, "finish_reason": "length"}]}).encode()
 
 
@@ -159,10 +160,7 @@ WHOLE = json.dumps({"choices": [{"message": {"content": "ü"}, "finish_reason": 
     [
         (STREAM, {"text": "ab", "finish_reason": "stop", "usage": USAGE}),
         (WHOLE, {"text": "ü", "finish_reason": "length"}),
-        (
-            event({"choices": [{"delta": {"reasoning_content": "hm", "content": None}}]}),
-            {"text": "", "reasoning": "hm"},
-        ),
+        (REASONING, {"text": "", "reasoning": "hm"}),
         (b"<h1>Gone</h1>", {"text": "<h1>Gone</h1>"}),
         (b'{"error": "no"}', {"text": '{"error": "no"}'}),
         (event(delta("a")) + b'data: {"choi', {"text": 'a {"choi'}),

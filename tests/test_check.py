@@ -90,10 +90,8 @@ def test_one_model_that_fails_fails_the_check(server: Loopback) -> None:
     server.answer = failing("hermes", say([b'{"error": {"message": "no GPU left"}}'], status="503 Service Unavailable"))
     result = check()
     rows = rows_of(result.output)
-    assert rows.pop("autonomous-hermes") == (
-        "chat-hermes",
-        f"127.0.0.1:{server.port}: HTTP 503 Service Unavailable: no GPU left",
-    )
+    error = f"127.0.0.1:{server.port}: HTTP 503 Service Unavailable: no GPU left"
+    assert rows.pop("autonomous-hermes") == ("chat-hermes", error)
     assert len(rows) == 4
     assert all(shown.startswith("ok, ") for _, shown in rows.values())
     assert result.exit_code == 1
@@ -215,7 +213,6 @@ def test_a_timeout_of_silence_is_followed(server: Loopback) -> None:
     [
         ("-o proxy ftp://proxy", "proxy: Value error, must be an http://, https://"),
         ("-o proxy http://me:hunter2@proxy", "set HTTPS_PROXY instead"),
-        ("-o proxy me:hunter2@proxy", "set HTTPS_PROXY instead"),
         ("-o timeout 0", "timeout: Input should be greater than 0"),
         ("-o temperature 1", "temperature: Extra inputs are not permitted"),
         ("-m autonomous-llama -m autonomous-gpt", "Unknown model: autonomous-gpt"),

@@ -8,33 +8,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import llm
 import pytest
-from conftest import NOWHERE, PNG, Ask, Chain, Start, finish, interrupt, invoke, output_until
+from conftest import NOWHERE, PNG, Ask, Chain, Start, cut, finish, interrupt, invoke, output_until, run
 from llm.parts import assistant, system
 from loopback import DONE, Connection, Loopback, Request, delta, event, say, speak
 
 REFUSED = "Error: 127.0.0.1:1: cannot connect: Connection refused (3 attempts)\n"
 LOOPBACK = [sys.executable, str(Path(__file__).with_name("loopback.py"))]
 IGNORING_CTRL_C = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a script's shell starts a command with `&`
-
-Llm = Callable[..., str]
-
-
-@pytest.fixture
-def llm_(server: Loopback) -> Llm:
-    """``llm_(*arguments, typed=...)`` runs `llm` against the server; its output, where nothing is wrong."""
-
-    def run(*arguments: str, typed: str = "") -> str:
-        stdout, stderr, code = invoke(*arguments, typed=typed)
-        assert (stderr, code) == ("", 0)
-        return stdout
-
-    return run
 
 
 def replies(stdout: str) -> str:
@@ -46,13 +31,13 @@ def replies(stdout: str) -> str:
 
 
 @pytest.mark.parametrize("settings", [[], ["--async", "--no-stream"]], ids=["streamed", "whole and async"])
-def test_a_prompt_is_answered_and_logged(llm_: Llm, server: Loopback, settings: list[str]) -> None:
+def test_a_prompt_is_answered_and_logged(server: Loopback, settings: list[str]) -> None:
     """The log has the model behind it, tokens, options, and the envelope without the text again."""
     response = "llama heard: Hello there\nSystem prompt: Be brief"
     command = ["-m", "autonomous-llama", "Hello there", "-s", "Be brief", "-o", "timeout", "5"]
-    assert llm_(*command, *settings) == response + "\n"
+    assert run(*command, *settings) == response + "\n"
     assert server.last.payload["stream"] is ("--no-stream" not in settings)
-    [row] = json.loads(llm_("logs", "-n", "1", "--json"))
+    [row] = json.loads(run("logs", "-n", "1", "--json"))
     expected = {
         "model": "autonomous-llama",
         "resolved_model": "llama-3.3-70b",
@@ -113,23 +98,21 @@ def test_text_is_shown_as_it_arrives(server: Loopback, start: Start) -> None:
     assert finish(process) == ("", "", 0)
 
 
-def test_a_model_can_be_the_default(llm_: Llm) -> None:
+def test_a_model_can_be_the_default(server: Loopback) -> None:
     """`llm models default` takes the model, by any of its names, and a plain `llm` then asks it."""
-    llm_("models", "default", "autonomous-llama")
-    assert llm_("hi") == "llama heard: hi\n"
+    run("models", "default", "autonomous-llama")
+    assert run("hi") == "llama heard: hi\n"
 
 
-def test_an_image_goes_to_vision_and_a_note_of_it_to_the_next_model(
-    llm_: Llm, server: Loopback, tmp_path: Path
-) -> None:
+def test_an_image_goes_to_vision_and_a_note_of_it_to_the_next_model(server: Loopback, tmp_path: Path) -> None:
     """`-a` sends the file, and `llm -c -m autonomous-llama` goes on without it."""
     picture = tmp_path / "image.png"
     picture.write_bytes(PNG)
-    assert llm_("-m", "autonomous-vision", "What?", "-a", str(picture)) == (
+    assert run("-m", "autonomous-vision", "What?", "-a", str(picture)) == (
         "vision heard: What?\nPictures: data:image/png;base64\n"
     )
     picture.unlink()
-    llm_("-c", "-m", "autonomous-llama", "Sure?")
+    run("-c", "-m", "autonomous-llama", "Sure?")
     assert server.last.payload["aiAgent"] == "llama"
     assert server.last.messages == [
         {"role": "user", "content": "What?\n[image/png attachment, not shown to this model]"},
@@ -138,11 +121,11 @@ def test_an_image_goes_to_vision_and_a_note_of_it_to_the_next_model(
     ]
 
 
-def test_a_conversation_goes_on_over_three_commands(llm_: Llm, server: Loopback) -> None:
+def test_a_conversation_goes_on_over_three_commands(server: Loopback) -> None:
     """`-c` sends the whole conversation each time, streamed or not, sync or async."""
-    llm_("-m", "autonomous-hermes", "one", "-s", "Be brief")
-    llm_("-c", "two", "--async")
-    llm_("-c", "three", "--no-stream")
+    run("-m", "autonomous-hermes", "one", "-s", "Be brief")
+    run("-c", "two", "--async")
+    run("-c", "three", "--no-stream")
     system, *turns = server.last.messages
     assert system == {"role": "system", "content": "Be brief"}
     assert [message["role"] for message in turns] == ["user", "assistant", "user", "assistant", "user"]
@@ -154,26 +137,26 @@ def test_a_conversation_goes_on_over_three_commands(llm_: Llm, server: Loopback)
 # Chats
 
 
-def test_a_chat_remembers_its_turns(llm_: Llm, server: Loopback) -> None:
+def test_a_chat_remembers_its_turns(server: Loopback) -> None:
     """Two answers, the second of which saw the first; one TCP connection."""
-    shown = llm_("chat", "-m", "autonomous-hermes", "-s", "Be brief", typed="hi\nagain\nexit\n")
+    shown = run("chat", "-m", "autonomous-hermes", "-s", "Be brief", typed="hi\nagain\nexit\n")
     assert replies(shown) == (  # with what was typed, as a terminal shows it
         "> hi\nhermes heard: hi\nSystem prompt: Be brief\n"
         "> again\nhermes heard: again\nSystem prompt: Be brief\n"
         "Messages before: 2, the last: hermes heard: hi\nSystem prompt: Be brief\n> exit\n"
     )
     assert server.connections == 1
-    assert len(json.loads(llm_("logs", "-n", "0", "--json"))) == 2
+    assert len(json.loads(run("logs", "-n", "0", "--json"))) == 2
 
 
-def test_a_chat_ends_in_one_line_when_a_turn_fails_and_can_go_on(llm_: Llm, server: Loopback) -> None:
+def test_a_chat_ends_in_one_line_when_a_turn_fails_and_can_go_on(server: Loopback) -> None:
     """No traceback, exit code 1, the turn before it was shown; and `llm chat -c` has that turn."""
     server.answers.extend([speak(), say([b'{"detail": "no more today"}'], status="403 Forbidden")])
     stdout, stderr, code = invoke("chat", "-m", "autonomous-hermes", typed="hi\nagain\nexit\n")
     assert replies(stdout) == "> hi\nhermes heard: hi\n> again\n"
     assert stderr == f"Error: 127.0.0.1:{server.port}: HTTP 403 Forbidden: no more today\n"
     assert code == 1
-    shown = llm_("chat", "-c", typed="again\nexit\n")
+    shown = run("chat", "-c", typed="again\nexit\n")
     assert "hermes heard: again\nMessages before: 2, the last: hermes heard: hi\n" in shown
 
 
@@ -193,13 +176,7 @@ def test_a_refused_connection_is_one_line_in_every_command(monkeypatch: pytest.M
 @pytest.mark.parametrize("settings", [[], ["--async"]], ids=["sync", "async"])
 def test_text_that_came_before_an_error_stays(server: Loopback, settings: list[str]) -> None:
     """The answer as far as it came is on stdout, and the error, one line, on stderr."""
-
-    async def answer(request: Request, connection: Connection) -> None:
-        await connection.head()
-        await connection.send(event(delta("half an ")))
-        await connection.drop()
-
-    server.answer = answer
+    server.answer = cut("half an ")
     stdout, stderr, code = invoke("-m", "autonomous-llama", "hi", "--no-log", *settings)
     assert stdout == "half an "
     assert stderr.strip() == (

@@ -19,20 +19,7 @@ import llm
 import pytest
 from conftest import Ask, ask_async, ask_sync, get_async_model
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say, speak
-from proxies import (
-    PEM,
-    OddProxy,
-    Proxy,
-    TlsLoopback,
-    cut,
-    free_port,
-    refuse,
-    run_python,
-    silent,
-    tls,
-    together,
-    until,
-)
+from proxies import PEM, OddProxy, Proxy, TlsLoopback, cut, free_port, refuse, run_python, silent, tls, together, until
 
 import llm_autonomous
 from llm_autonomous import AutonomousError
@@ -262,16 +249,6 @@ print(failures)
 """
     assert run_python(script, flags=STRICT) == "[]\n"
     assert until(lambda: not server.open)
-
-
-def test_sync_and_async_side_by_side(server: Loopback) -> None:
-    """A sync prompt between the prompts of an event loop disturbs neither."""
-
-    async def ask() -> list[str]:
-        return [(await ask_async()).text, ask_sync().text, (await ask_async()).text]
-
-    assert asyncio.run(ask()) == [GOOD] * 3
-    assert server.connections == 2
 
 
 def test_nothing_is_left_of_a_loop_that_is_gone(server: Loopback) -> None:
@@ -608,26 +585,15 @@ def test_environment_is_read_at_each_prompt(ask: Ask, server: Loopback, monkeypa
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
 @pytest.mark.parametrize(
-    "hosts", ["127.0.0.1", "localhost, 127.0.0.1", "*", *(f"{entry},127.0.0.1" for entry in UNREADABLE)]
+    "hosts", ["127.0.0.1", "localhost, 127.0.0.1", "*", *(f"{e},127.0.0.1" for e in UNREADABLE), *UNREADABLE]
 )
 def test_no_proxy(hosts: str, variable: str, ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that NO_PROXY names is reached directly, whatever else it holds."""
+    """A host that NO_PROXY names is reached directly, whatever else it holds; what it holds stops no prompt."""
     with Proxy() as proxy:
         monkeypatch.setenv(variable, proxy.url)
         monkeypatch.setenv("NO_PROXY", hosts)
         assert ask().text == GOOD
-        assert proxy.targets == []
-
-
-@pytest.mark.parametrize("hosts", UNREADABLE)
-def test_no_proxy_that_is_not_understood_stops_nothing(
-    hosts: str, ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What Docker, OrbStack and others write into NO_PROXY is no reason for a prompt to fail."""
-    with Proxy() as proxy:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        monkeypatch.setenv("NO_PROXY", hosts)
-        assert ask().text == GOOD
+        assert hosts in UNREADABLE or proxy.targets == []
 
 
 SILENT, FALSE = "no reply within 2 s", "it does not answer as a SOCKS proxy"

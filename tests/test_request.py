@@ -71,12 +71,11 @@ def test_the_request_is_the_one_of_the_protocol_to_the_byte(ask: Ask, service: H
     assert ask("Привет", "autonomous-hermes").text == "fine"
     request = only(service)
     assert (request.method, str(request.url)) == ("POST", SERVICE + "chat-hermes")
-    listed = json.dumps([{"role": "user", "content": "Привет"}])
     assert request.content == (
         b'{"messages": "W3sicm9sZSI6ICJ1c2VyIiwgImNvbnRlbnQiOiAiXHUwNDFmXHUwNDQwXHUwNDM4XHUwNDMyXHUwNDM1XHUwNDQyIn1d"'
         b', "threadId": "hermes", "stream": true, "aiAgent": "hermes"}'
     )
-    assert base64.b64decode(json.loads(request.content)["messages"]) == listed.encode("ascii")
+    assert messages_of(request) == [{"role": "user", "content": "Привет"}]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -120,7 +119,6 @@ def test_the_headers_are_those_of_the_protocol_and_no_others(ask: Ask, service: 
     ("base", "url"),
     [
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000/api/v1/ai/chat"),
-        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/api/v1/ai/chat"),
         ("http://127.0.0.1:8000/ai/proxy", "http://127.0.0.1:8000/ai/proxy/api/v1/ai/chat"),
         ("https://ai.example/prefix/", "https://ai.example/prefix/api/v1/ai/chat"),
         ("http://[::1]:8000", "http://[::1]:8000/api/v1/ai/chat"),
@@ -281,14 +279,9 @@ def test_an_image_by_url_is_not_fetched(ask: Ask, server: Loopback) -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        {},
-        {"prompt": ""},
-        {"tools": [llm.Tool("look")]},
-        {"schema": {"type": "object"}},
-        {"fragments": [""]},
-        {"messages": []},
+        *({}, {"prompt": ""}, {"fragments": [""]}, {"messages": []}),
+        *({"tools": [llm.Tool("look")]}, {"schema": {"type": "object"}}),
     ],
-    ids=["none", "empty", "tools only", "a schema only", "an empty fragment", "no messages"],
 )
 def test_an_empty_prompt_is_an_error_before_anything_is_sent(
     ask: Ask, service: HTTPXMock, model: str, prompt: dict[str, Any]

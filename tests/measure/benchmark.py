@@ -136,15 +136,10 @@ def least_plugin(url: str) -> Any:
                             if content:
                                 yield content
 
+        def deltas(self, scenario: str) -> Iterator[str]:
+            return iter(self.prompt(scenario))
+
     return Model()
-
-
-class LeastPlugin:
-    def __init__(self, url: str) -> None:
-        self.model = least_plugin(url)
-
-    def deltas(self, scenario: str) -> Iterator[str]:
-        return iter(self.model.prompt(scenario))
 
 
 class Plugin:
@@ -308,7 +303,7 @@ class Benchmark:
     def __init__(self, port: int, quick: bool) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.quick = quick
-        self.least = LeastPlugin(self.url)
+        self.least = least_plugin(self.url)
         self.ours = Plugin(self.url, openai=False)
         self.openai = Plugin(self.url, openai=True)
 
