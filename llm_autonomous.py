@@ -1886,7 +1886,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                     with contextlib.closing(http.send(request, stream=True)) as head:
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        body = head.iter_bytes() if "content-encoding" in head.headers else head.iter_raw()
+                        body: Any = head.iter_bytes() if "content-encoding" in head.headers else head.stream
                         for data in body:
                             yield from attempt.feed(data)
                             if attempt.done:
