@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+PROXY_URL = "an http://, https://, socks5:// or socks5h:// URL with a host"
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # what Python's TLS takes from there
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
@@ -73,10 +75,12 @@ RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 # A finish reason with none of these words means that the answer may be cut short. "Finish" counts only at the end, as
 # some servers begin all their reasons with it, such as FINISH_REASON_SAFETY.
 USUAL_FINISH_REASON = (
-    r"(?i)(?<![a-z])(stop(ped)?|eo[st]|end|completed?|done|finish(ed)?$|success|normal|tool|function)(?![a-z])"
+    r"(?i)(?<![a-z])(stop(ped)?|eo[st]|end(oftext)?|completed?|done|finish(ed)?$|success|normal|tool|function)(?![a-z])"
 )
 LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
+MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")  # the words of an error, beside or inside "error"
+NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"  # codes and errors that stand for success
 THINKING_TAGS = ("think", "scratch_pad")
 # The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
 CODINGS = r"\b(?:aes128gcm|br|deflate|exi|dcb|dcz|(?:x-)?compress|(?:pack200-|x-)?gzip|zstd)\b"
@@ -88,7 +92,7 @@ MAX_BEGINNING = 1024  # bytes of a reply to quote if it holds no answer
 MAX_EXCERPT = 300  # characters of the server's own words in an error
 
 
-# --- The models -------------------------------------------------------------------------------------------------------
+# --- The models, and registering them: touches neither network nor files, and cannot raise ----------------------------
 
 
 class ServiceModel(NamedTuple):
@@ -122,9 +126,6 @@ SERVICE_MODELS = (
 )
 
 
-# --- Registration: touches neither network nor files, and cannot raise ------------------------------------------------
-
-
 @llm.hookimpl(trylast=True)
 def register_models(register: Callable[..., None], model_aliases: list[ModelWithAliases]) -> None:
     for service in SERVICE_MODELS:
@@ -143,10 +144,8 @@ class AutonomousOptions(llm.Options):
 
     proxy: str | None = Field(
         default=None,
-        description=(
-            "Proxy to use: an http://, https://, socks5:// or socks5h:// URL, or nothing ('') for no proxy. LLM logs "
-            "options, so if the proxy needs a password, set HTTPS_PROXY instead."
-        ),
+        description="Proxy to use: an http://, https://, socks5:// or socks5h:// URL, or nothing ('') for no proxy. "
+        "LLM logs options, so if the proxy needs a password, set HTTPS_PROXY instead.",
     )
     timeout: float | None = Field(
         default=None,
@@ -163,10 +162,6 @@ class AutonomousOptions(llm.Options):
         if proxy and not parse_url(proxy, PROXY_SCHEMES):
             raise ValueError(f"must be {PROXY_URL}")
         return proxy
-
-
-PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
-PROXY_URL = "an http://, https://, socks5:// or socks5h:// URL with a host"
 
 
 def parse_url(text: str, schemes: Collection[str]) -> httpx.URL | None:
@@ -202,14 +197,12 @@ EMPTY_RESULT = "The tool {name} ran without an error and returned an empty resul
 AFTER_RESULTS = "Use these results to answer my request. If you still need another tool for it, call that tool now."
 EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
 MADE_UP_RESULT = "No tool was called. Call a tool in <tool_call> and </tool_call>, or answer without one."
-CALL_AFTER_WORDS = (
-    "Your answer ends with a tool call. If you want to call the tool, reply with that call alone, between <tool_call> "
-    "and </tool_call>. If you do not, answer without it."
-)
-BROKEN_CALL = (
-    "Your tool call could not be read: {problem}. Answer again, with each call as JSON between <tool_call> and "
-    "</tool_call>."
-)
+CALL_AFTER_WORDS = """\
+Your answer ends with a tool call. If you want to call the tool, reply with that call alone, between <tool_call> and \
+</tool_call>. If you do not, answer without it."""
+BROKEN_CALL = """\
+Your tool call could not be read: {problem}. Answer again, with each call as JSON between <tool_call> and \
+</tool_call>."""
 SHORTER = "Your answer was cut short because it reached your length limit. Write a shorter one."
 SCHEMA_INSTRUCTIONS = """\
 Reply with a JSON value that follows this JSON schema:
@@ -296,11 +289,11 @@ def build_messages(
         turns = [turn for turn in turns if turn["role"] != "system"]
         first = next(turn for turn in turns if turn["role"] == "user")
         first["text"] = "\n\n".join(filter(None, [*system, first["text"]]))
-    built: list[dict[str, Any]] = []
     for turn in turns:
-        texts = [{"type": "text", "text": turn["text"]}] if turn["text"] else []
-        built.append({"role": turn["role"], "content": texts + turn["images"] if turn["images"] else turn["text"]})
-    return built
+        text, shown = turn.pop("text"), turn.pop("images")
+        texts = [{"type": "text", "text": text}] if text else []
+        turn["content"] = texts + shown if shown else text
+    return turns
 
 
 def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
@@ -315,10 +308,8 @@ def read_parts(parts: list[Part], images: bool, tools: bool, new: bool) -> tuple
     for previous, part in zip([None, *parts], parts, strict=False):
         attachments: list[llm.Attachment] = []
         if isinstance(part, TextPart):
-            if isinstance(previous, TextPart):
-                blocks[-1] += part.text
-            else:
-                blocks.append(part.text)
+            begun = blocks.pop() if isinstance(previous, TextPart) else ""
+            blocks.append(begun + part.text)
         elif isinstance(part, AttachmentPart) and part.attachment:
             attachments = [part.attachment]
         elif isinstance(part, ToolCallPart):
@@ -516,8 +507,7 @@ class Framing:
             elif rest := self._read_values(data):
                 self._hold(rest.encode())
         elif not line:
-            if self._held or self._named_error:
-                self._end_event()
+            self._end_event()
         elif field == b"event":
             self._named_error = data.strip() == b"error"
         elif field == b"error":
@@ -534,7 +524,7 @@ class Framing:
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
             # Words after some text say that the server died. An unknown field does not.
-            self._values.append(words if re.match(UNKNOWN_FIELD, words) else Words(words))
+            self._values.append(words if re.match(r"[\w-]+(:|\Z)", words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
         self._held += line + b"\n"
@@ -580,7 +570,6 @@ class Words(str):
     """A line of a reply that is neither a field of an event stream nor JSON."""
 
 
-UNKNOWN_FIELD = r"[\w-]+(:|\Z)"
 # Unlike JSON's own rules, this admits line breaks and other control characters within strings.
 decode_json = json.JSONDecoder(strict=False).raw_decode
 
@@ -843,8 +832,6 @@ class ToolCallParser:
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
-        if self.error:
-            return []
         text = "".join(pieces)
         size = self._held.tell() + self._held.write(text)
         passed = [] if self._calling else self._pass_on()
@@ -875,17 +862,18 @@ class ToolCallParser:
         self._held.write(text[begin:])
         return [passed] if passed else []
 
-    def _wrapping(self, text: str, place: int) -> re.Match[str] | None:
+    def _wrapping(self, text: str, place: int, next_call: int = -1) -> re.Match[str] | None:
         """The tags and fences at ``place``, if a call or a made-up result seems to begin with them, or without any."""
         window = text[place : place + MAX_HELD]
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
         value = window[wrapping.end() :]
-        first, own = begins_answer(text, place), wrapping["tag"] in OWN_TAGS
+        first, own = place == next_call or begins_answer(text, place), wrapping["tag"] in OWN_TAGS
         seems_a_call = (
             wrapping["function"] in self.names
             or (first and value.startswith(RESULT_TAG))
-            or (own and (not value or value.startswith(("{", "["))))  # nothing, if the answer was cut there
+            or (own and value.startswith(("{", "[")))
+            or (own and first and not value)  # the answer was cut there
             or ((own or (first and not wrapping[0])) and self._in_code.match(value))
             or self._in_json.match(value)
         )
@@ -901,7 +889,7 @@ class ToolCallParser:
             if pieces and text.startswith(RESULT_TAG, place):
                 self.finished, text = True, text[:place]
                 break
-            wrapping = self._wrapping(text, place)
+            wrapping = self._wrapping(text, place, next_call)
             if not wrapping:
                 place += 1
                 continue
@@ -920,7 +908,9 @@ class ToolCallParser:
                     raise misread(problem, text[begin:], CALL_AFTER_WORDS)
             place = end
         pieces.append(text[start:])
-        return [piece for piece in pieces if not isinstance(piece, str) or piece.strip() or len(pieces) == 1]
+        return [
+            piece for piece in pieces if not isinstance(piece, str) or piece.strip() or (piece and len(pieces) == 1)
+        ]
 
     def _read_calls(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[llm.ToolCall], int]:
         """The calls at ``place``, one after another or in lists, and the position after the last.
@@ -947,10 +937,8 @@ class ToolCallParser:
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
         except (ValueError, RecursionError) as error:
             problem = f"it is no valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-            correction = BROKEN_CALL.format(problem=problem)
-            raise misread(
-                f"the model's tool call cannot be read, {problem}", text[place:] or wrapping[0], correction
-            ) from None
+            begin, correction = text[place:] or wrapping[0], BROKEN_CALL.format(problem=problem)
+            raise misread(f"the model's tool call cannot be read, {problem}", begin, correction) from None
         return calls, end
 
 
@@ -964,6 +952,10 @@ WRAPPING = (
 # What models leave after a call: brackets and closing tags.
 CLOSING = r"([\s;,]*([}\]]|</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
 CLOSING_FENCE = r"(\s*```)?"
+CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
+JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
+# A bracket, or a string, even an unfinished one.
+TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
 
 
 def find_opening(text: str, start: int, next_call: int = -1) -> int:
@@ -998,9 +990,6 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     return name if isinstance(name, str) else None, arguments, is_definition
 
 
-CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
-
-
 def read_call(value: Any) -> llm.ToolCall:
     """The tool call in a JSON value. Raises `ValueError` if there is none."""
     if not isinstance(value, dict):
@@ -1022,11 +1011,6 @@ def read_call(value: Any) -> llm.ToolCall:
     except ValueError:
         raise ValueError('its "arguments" contain NaN or Infinity, which are not JSON') from None
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
-
-
-JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
-# A bracket, or a string, even an unfinished one.
-TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
 
 
 def closing_bracket(text: str, start: int) -> int:
@@ -1082,10 +1066,8 @@ def matching_json(text: str, validator: Any) -> str:
             wanted = as_json({error.validator: error.validator_value} if error.validator else False)
             mismatch = quoted(f"at {error.json_path}, the schema has {wanted}")
     problem = mismatch or ("it repeats the schema, without values" if copied else "it holds no JSON")
-    raise AutonomousError(
-        f"the answer does not match the schema: {problem}; it begins: {quoted(text)}",
-        correction=f"Your answer does not match the JSON schema: {problem}. {schema_instructions(validator.schema)}",
-    )
+    correction = f"Your answer does not match the JSON schema: {problem}. {schema_instructions(validator.schema)}"
+    raise misread(f"the answer does not match the schema: {problem}", text, correction)
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
@@ -1146,10 +1128,8 @@ class AutonomousError(llm.ModelError, click.ClickException):
         correction: str | None = None,  # what to say to the model, if the mistake was its own
     ) -> None:
         super().__init__(message)
-        self.retryable = retryable
-        self.retry_after = retry_after
-        self.outage = outage
-        self.correction = correction
+        self.retryable, self.retry_after = retryable, retry_after
+        self.outage, self.correction = outage, correction
 
     def for_user(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
         """The error as the user sees it, with the host and the number of attempts."""
@@ -1175,11 +1155,9 @@ def explained(error: AutonomousError, reason: str) -> AutonomousError:
         return error
     at_limit = re.search(LIMIT_REASON, reason)
     cut_short = "was cut short because it reached the model's limit" if at_limit else "may be cut short"
-    return AutonomousError(
-        f"the answer {cut_short} (finish reason: {reason}): {error}",
-        outage=error.outage,
-        correction=f"{SHORTER} {error.correction}" if at_limit and error.correction else error.correction,
-    )
+    message = f"the answer {cut_short} (finish reason: {reason}): {error}"
+    correction = f"{SHORTER} {error.correction}" if at_limit and error.correction else error.correction
+    return AutonomousError(message, outage=error.outage, correction=correction)
 
 
 def not_understood(start: str) -> AutonomousError:
@@ -1191,7 +1169,7 @@ def too_large(what: str = "an event") -> AutonomousError:
 
 
 def misread(problem: str, text: str, correction: str) -> AutonomousError:
-    """The error for what a model wrote in place of a call, to be put to it once."""
+    """The error for what a model got wrong, to be put to it once."""
     return AutonomousError(f"{problem}; it begins: {quoted(text)}", correction=correction)
 
 
@@ -1220,10 +1198,6 @@ def error_words(body: object) -> str:
     return ": ".join(found) or (body if isinstance(body, str) else as_json(body))
 
 
-MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")
-NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"
-
-
 def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
     """The error that an object reports.
 
@@ -1248,7 +1222,7 @@ def is_error_value(value: Any) -> bool:
 def mentions_error(value: Any) -> bool:
     """Whether a value that was not understood has a field, a word or a string in it that stands for an error."""
     pattern = "(?i)error|fail" if isinstance(value, str) else r'(?i)"\w*(error|fail)\w*"'
-    return value is not None and bool(re.search(pattern, as_json(value)))
+    return bool(re.search(pattern, as_json(value)))
 
 
 def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
@@ -1261,8 +1235,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
             f"Set {BASE_URL_VARIABLE} if that is the right one"
         )
     words = body.decode("utf-8", "replace").lstrip("\ufeff").strip()
-    page = words.startswith("<")
-    if page:
+    if page := words.startswith("<"):
         words = page_words(words)
     else:
         with contextlib.suppress(ValueError, RecursionError):  # then it is plain text
@@ -1330,14 +1303,10 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
 
 
 # By OpenSSL's codes for what is wrong with a certificate.
-CERTIFICATE_ADVICE = {
-    9: ". Check the date and time of this computer",
-    10: ". Only the owner of the server can renew it",
-    **dict.fromkeys(
-        (2, 18, 19, 20, 21),  # its issuer is not known
-        ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority",
-    ),
-}
+UNKNOWN_ISSUER = ". If a company proxy inspects TLS, set SSL_CERT_FILE to the file with its certificate authority"
+CERTIFICATE_ADVICE = dict.fromkeys((2, 18, 19, 20, 21), UNKNOWN_ISSUER)
+CERTIFICATE_ADVICE[9] = ". Check the date and time of this computer"
+CERTIFICATE_ADVICE[10] = ". Only the owner of the server can renew it"
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -1411,12 +1380,9 @@ class Exchange:
         """One attempt after another, for as long as trying again may help. Raises the error of the last."""
         kind, limit = self.model.attempt_type, self.model.attempts
         attempt = kind(self)
-        while True:
-            yield attempt
-            error, number = attempt.error, attempt.number
-            if error is None:
-                self._report(attempt)
-                return
+        yield attempt
+        while error := attempt.error:
+            number = attempt.number
             # Only `llm autonomous check` asks for a single attempt.
             shown = error.for_user(self.url, number, checking=limit == 1)
             wait, corrected = 0.0, attempt.corrected
@@ -1428,6 +1394,8 @@ class Exchange:
                 raise shown from attempt.failure
             logger.info("%s; %s", shown, step)
             attempt = kind(self, number + 1, wait, corrected)
+            yield attempt
+        self._report(attempt)
 
     def _report(self, attempt: Attempt) -> None:
         """Pass on the metadata to `llm`, and warn the user if the answer may be cut short."""
@@ -1491,9 +1459,7 @@ class Attempt:
         self.number = number  # from 1
         self.wait = wait  # seconds to wait before sending it
         self.corrected = corrected  # the attempt whose answer the model is asked to correct
-        self.framing = Framing()
-        self.completion = Completion()
-        self.thinking = Thinking()
+        self.framing, self.completion, self.thinking = Framing(), Completion(), Thinking()
         self.parser = ToolCallParser({tool.name for tool in exchange.tools}) if exchange.tools else None
         self.refusal: httpx.Response | None = None  # status and headers, if the status is not 2xx
         self.beginning = b""  # of the body, to be quoted in an error
@@ -1635,8 +1601,7 @@ class Attempt:
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
-        error = AutonomousError(quoted(message), outage=True, correction=correction)
-        return explained(error, reason)
+        return explained(AutonomousError(quoted(message), outage=True, correction=correction), reason)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1672,9 +1637,9 @@ class ClientKey(NamedTuple):
 class Client:
     """An httpx client, which is one pool of connections, and a count of the prompts that use it (``with``)."""
 
-    def __init__(self, kind: Callable[..., Any], key: ClientKey) -> None:
+    def __init__(self, key: ClientKey) -> None:
         self.key = key
-        self.http = new_http_client(kind, key)
+        self.http = new_http_client(key)
         self.in_flight = 0
         self.last_used = 0.0  # by time.monotonic()
         self.life: Any = None  # what closes an async client
@@ -1695,7 +1660,7 @@ _clients: dict[Client, None] = {}  # an ordered set
 _locks: dict[int, threading.RLock] = collections.defaultdict(threading.RLock)
 
 
-def find_client(kind: Callable[..., Any], proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
+def find_client(proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
     """A client with room for another prompt, made if there is none, and those no longer worth keeping, to be closed.
 
     One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
@@ -1704,7 +1669,7 @@ def find_client(kind: Callable[..., Any], proxy: str, loop: Any = None) -> tuple
     key, now = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES))), time.monotonic()
     own = [client for client in [*_clients] if client.key[:2] == key[:2]]
     found = next((client for client in own if client.key == key and client.in_flight < POOL_SIZE), None)
-    client = found or Client(kind, key)
+    client = found or Client(key)
     client.last_used, _clients[client] = now, None
     idle = sorted((old for old in own if not old.in_flight), key=lambda old: old.last_used, reverse=True)
     unneeded = [old for n, old in enumerate(idle) if n >= MAX_IDLE_CLIENTS or old.last_used < now - KEEPALIVE]
@@ -1714,10 +1679,8 @@ def find_client(kind: Callable[..., Any], proxy: str, loop: Any = None) -> tuple
 
 
 def sync_client(proxy: str) -> Client:
-    import httpx
-
     with _locks[os.getpid()]:
-        client, unneeded = find_client(httpx.Client, proxy)
+        client, unneeded = find_client(proxy)
     for old in unneeded:
         old.http.close()
     return client
@@ -1735,8 +1698,6 @@ def close_clients() -> None:
 async def async_client(proxy: str) -> Client:
     import asyncio
 
-    import httpx
-
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:  # under trio, for instance
@@ -1744,7 +1705,7 @@ async def async_client(proxy: str) -> Client:
     for other in [*_clients]:
         if other.key.loop and other.key.loop.is_closed():  # without having shut down
             _clients.pop(other, None)
-    client, unneeded = find_client(httpx.AsyncClient, proxy, loop)
+    client, unneeded = find_client(proxy, loop)
     if client.life is None:
         client.life = _live(client)
         await anext(client.life)
@@ -1767,11 +1728,12 @@ async def _live(client: Client) -> AsyncGenerator[None, None]:
             await client.http.aclose()
 
 
-def new_http_client(kind: Callable[..., Any], key: ClientKey) -> Any:
+def new_http_client(key: ClientKey) -> Any:
     import certifi
     import httpx
 
     logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # at DEBUG it logs the proxy's password
+    kind: Any = httpx.AsyncClient if key.loop else httpx.Client
     try:
         return kind(
             verify=ssl_context(*key.certificates),
@@ -1955,9 +1917,7 @@ def autonomous() -> None:
 @click.option("options", "-o", "--option", type=(str, str), multiple=True, help="Model option, such as: -o proxy URL")
 @click.option("json_", "--json", is_flag=True, help="Output JSON, once all models have answered")
 @click.option("--raw", is_flag=True, help="Print raw requests and replies to standard error, one model at a time")
-def check(
-    model_ids: tuple[str, ...], timeout: float, options: tuple[tuple[str, str], ...], json_: bool, raw: bool
-) -> None:
+def check(model_ids: Iterable[str], timeout: float, options: Iterable[tuple[str, str]], json_: bool, raw: bool) -> None:
     """
     Ask each model for one word, and show which of them answer
 
