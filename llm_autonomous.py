@@ -1844,7 +1844,8 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                     time.sleep(attempt.wait)
                 try:
                     request = attempt.request()
-                    request.extensions["trace"] = SocksHandshake(request).trace
+                    if exchange.proxy.startswith("socks"):
+                        request.extensions["trace"] = SocksHandshake(request).trace
                     with contextlib.closing(http.send(request, stream=True)) as head:
                         limit_reads(head, attempt)
                         attempt.open(head)
@@ -1876,7 +1877,8 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     await asyncio.sleep(attempt.wait)
                 try:
                     request = attempt.request()
-                    request.extensions["trace"] = SocksHandshake(request).trace_async
+                    if exchange.proxy.startswith("socks"):
+                        request.extensions["trace"] = SocksHandshake(request).trace_async
                     head = await http.send(request, stream=True)
                     async with contextlib.aclosing(head):
                         limit_reads(head, attempt)
