@@ -832,6 +832,8 @@ class ToolCallParser:
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
+        if self.error:
+            return []
         text = "".join(pieces)
         size = self._held.tell() + self._held.write(text)
         passed = [] if self._calling else self._pass_on()
