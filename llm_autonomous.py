@@ -538,6 +538,7 @@ class Framing:
         self._held.clear()
         if self._named_error:
             self._named_error = False
+            # What the error says: words that are no JSON, or else its first value, or else nothing but its name.
             self._values[before:] = [{"error": rest or next(filter(None, self._values[before:]), "event: error")}]
             return
         if rest.startswith("<"):
@@ -672,8 +673,8 @@ class Completion:
         # Beside a finish reason, a choice says more about the end, such as a stop_reason.
         unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
         if not unknown and holds_more(fields, CHUNK_FIELDS):
-            # Next to a choice or the usage, it is about the request, and so is what comes before the first text. It is
-            # not if it mentions an error.
+            # An unknown field beside a choice or the usage, or before any text, is about the request, unless it mentions
+            # an error.
             about_request = is_chunk and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
             unknown = not about_request or mentions_error(chunk)
         return not unknown
