@@ -673,8 +673,8 @@ class Completion:
         # Beside a finish reason, a choice says more about the end, such as a stop_reason.
         unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
         if not unknown and holds_more(fields, CHUNK_FIELDS):
-            # An unknown field beside a choice or the usage, or before any text, is about the request, unless it mentions
-            # an error.
+            # An unknown field beside a choice or the usage, or before any text, is about the request, unless it
+            # mentions an error.
             about_request = is_chunk and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
             unknown = not about_request or mentions_error(chunk)
         return not unknown
