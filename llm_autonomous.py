@@ -64,7 +64,7 @@ END_TIMEOUT = 1.0  # seconds for usage and the end of the reply to arrive once t
 ERROR_BODY_TIMEOUT = 5.0  # seconds for the body of an error status to arrive
 KEEPALIVE = 60.0  # seconds that an idle connection stays open for the next prompt
 POOL_SIZE = 32  # prompts at the same time on one client, which is one pool of connections
-MAX_IDLE_CLIENTS = 32
+MAX_IDLE_CLIENTS = 32  # that are kept for later prompts, each with its connections
 
 ATTEMPTS = 3  # per prompt, including the first
 BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, plus or minus JITTER
@@ -586,6 +586,7 @@ CHUNK_FIELDS = {"id", "object", "created", "model", "choices", "system_fingerpri
 CHUNK_FIELDS |= {"usage", "finish_reason"}
 ANSWER_FIELDS = {"index", "finish_reason", "logprobs", "usage", "role", "name", "content", "text"}
 ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations", "type"}
+KNOWN_FIELDS = CHUNK_FIELDS | ANSWER_FIELDS
 # A chunk that holds text and only these fields holds nothing else of interest.
 PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
 
@@ -607,7 +608,7 @@ class Completion:
         self.not_understood: Any = None  # the first value that may hold a part of the answer in an unknown form
         self.error: AutonomousError | None = None
         self._pieces: list[Any] = []  # what `feed` will return
-        self._in_deltas = False  # some text has come in a delta, so a message only repeats it
+        self._in_deltas = False  # some text has come in a delta or a choice, so a message only repeats it
         self._halves = {"reasoning": "", "text": ""}  # half a character at the end of each
 
     def feed(self, values: list[Any], end: bool = False) -> list[str | StreamEvent]:
@@ -646,11 +647,10 @@ class Completion:
         choices = fields.get("choices", [{}])
         choice = filled(choices[0] if isinstance(choices, list) else [choices])
         delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
-        if self._in_deltas:
-            message = {}
+        message = {} if self._in_deltas else message
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
-        unusual = {key: inner for key, inner in all_fields.items() if key not in CHUNK_FIELDS | ANSWER_FIELDS}
+        unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
         # In place of a choice, a message is an error even without a code.
         no_choice = "choices" not in fields and (begun or is_chunk)
         if unusual and (error := reported_error(all_fields, message_suffices=no_choice)):
