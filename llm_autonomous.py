@@ -5,8 +5,8 @@ back is its *reply*. The answer comes out of the reply in *pieces*: text and too
 a *correction* tells it what was wrong, and it answers again.
 
 The module follows a prompt on its way: the models, registering them, what is sent, how the reply is read, what can go
-wrong, retries, connections, what moves the bytes, and at the end `llm autonomous check`. Everything up to the retries
-does no I/O and is shared by sync and async.
+wrong, retries, connections, what moves the bytes, and at the end `llm autonomous check`. Everything before the
+connections uses no network and is shared by sync and async.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def parse_url(text: str, schemes: Collection[str]) -> httpx.URL | None:
     try:
         url = httpx.URL(text)
         usable = url.scheme in schemes and url.host and (url.port is None or 0 < url.port < 65536)
-    except (httpx.InvalidURL, ValueError):  # which a host that is no IDNA name raises as well
+    except (httpx.InvalidURL, ValueError):  # a ValueError if the host is no IDNA name
         return None
     return url if usable else None
 
@@ -418,15 +418,15 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
 
     if option is not None:
         return option
-    host, port = f"[{url.host}]" if ":" in url.host else url.host, url.port or {"http": 80, "https": 443}[url.scheme]
+    host = f"[{url.host}]" if ":" in url.host else url.host
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
     proxies = urllib.request.getproxies()
     unproxied = {entry.strip() for entry in proxies.get("no", "").split(",")}
     if "*" in unproxied or any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
         return ""
     scheme = url.scheme if proxies.get(url.scheme) else "all"
     proxy = proxies.get(scheme, "").strip()
-    if proxy and "://" not in proxy:
-        proxy = f"http://{proxy}"
+    proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy
     if proxy and not parse_url(proxy, PROXY_SCHEMES):  # do not quote it: it may contain a password
         raise AutonomousError(f"{scheme.upper()}_PROXY must be {PROXY_URL}")
     return proxy
@@ -638,7 +638,7 @@ class Completion:
 
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
-        begun = self._in_deltas or self.whole  # some text has come
+        begun = self._in_deltas or self.whole  # some text has come, or the end
         if begun and isinstance(chunk, str) and (isinstance(chunk, Words) or mentions_error(chunk)):
             # These are the last words of a server or a proxy that died.
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
@@ -661,7 +661,7 @@ class Completion:
         reasoning += thought
         self._add("reasoning", reasoning, end=bool(text))
         self._add("text", text)
-        self._in_deltas = self._in_deltas or bool(text and not message)
+        self._in_deltas = self._in_deltas or bool(text and (not message or "content" in delta))
         self.whole = finished or bool(message and not delta) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
@@ -789,7 +789,7 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        self._held = [f"<{tag}>{closing}"]  # stands for the reasoning so far, which the next text goes on with
+        self._held = [f"<{tag}>{closing}"]  # in place of all so far, to be matched again with the next text
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
         return [*thought, text] if text else thought
@@ -807,8 +807,8 @@ class ToolCallParser:
     """Splits the text of an answer into text and tool calls. Used only when the model was given tools.
 
     A call is a JSON object with the name of an offered tool and an object of arguments. It is taken at the start of the
-    answer, in a tag, or after another call. One that stands on a line of its own or in a code fence after words, one
-    that cannot be read, and a made-up result are put to the model once. Everything else is text and comes out
+    answer, in a tag, or after another call. The model is asked once about a call on a line of its own or in a code
+    fence after words, about one that cannot be read, and about a made-up result. Everything else is text and comes out
     unchanged, except for white space next to a call.
 
     Where a call may begin, up to `MAX_HELD` characters are held until that is clear. Once one seems to begin, all that
@@ -825,7 +825,7 @@ class ToolCallParser:
         self._passed = 0  # how many of them were passed on
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the last text since then, up to the first tag of a result
-        # How a call begins in JSON, with the name of a tool, and in code: <function=name= or [name( or {'name': 'name',
+        # How a call begins, in JSON: {"name": "add" or {"type": … "add"; in code: <function=add= or [add( or {'add'
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
         self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
@@ -843,7 +843,7 @@ class ToolCallParser:
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
             if RESULT_TAG in self._recent:
-                # The tag may be part of an argument. If it follows the calls, _split says that the answer has finished.
+                # If the tag follows the calls and is no part of an argument, _split sets `finished`.
                 with contextlib.suppress(AutonomousError):
                     self._split()
         try:
@@ -866,7 +866,7 @@ class ToolCallParser:
         return [passed] if passed else []
 
     def _wrapping(self, text: str, place: int, next_call: int = -1) -> re.Match[str] | None:
-        """The tags and fences at ``place``, if a call or a made-up result seems to begin with them, or without any."""
+        """What `WRAPPING` matches at ``place``, perhaps nothing, if a call or a made-up result seems to begin there."""
         window = text[place : place + MAX_HELD]
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
@@ -906,14 +906,12 @@ class ToolCallParser:
                 if tag or place == next_call or begins_answer(text, place):
                     pieces += [text[start:place], *calls]
                     start, next_call = end, skip(r"\s*", text, end)
-                elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):
+                elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):  # alone on its line
                     problem = "the answer holds a tool call that is not marked as one"
                     raise misread(problem, text[begin:], CALL_AFTER_WORDS)
             place = end
         pieces.append(text[start:])
-        return [
-            piece for piece in pieces if not isinstance(piece, str) or piece.strip() or (piece and len(pieces) == 1)
-        ]
+        return [each for each in pieces if not isinstance(each, str) or each.strip() or (each and len(pieces) == 1)]
 
     def _read_calls(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[llm.ToolCall], int]:
         """The calls at ``place``, one after another or in lists, and the position after the last.
@@ -922,7 +920,7 @@ class ToolCallParser:
         values have to be calls. After a call, a value may have any name and no arguments.
         """
         tag, function = wrapping["tag"] or "", wrapping["function"]
-        may_omit = re.search("tool|function|call|python_tag", tag)
+        may_omit = re.search("tool|function|call|python_tag", tag)  # the arguments
         calls: list[llm.ToolCall] = []
         end, next_value = place, place
         try:
@@ -987,7 +985,7 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     value = value if isinstance(value, dict) else {}
     value = value["function"] if isinstance(value.get("function"), dict) else value
     name = value.get("name", value.get("function"))
-    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))
+    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # or empty ones
     is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
     is_definition = is_schema or ("description" in value and not value.get("arguments"))
     return name if isinstance(name, str) else None, arguments, is_definition
@@ -1154,7 +1152,7 @@ def quoted(words: str) -> str:
 
 def explained(error: AutonomousError, reason: str) -> AutonomousError:
     """What is wrong with an answer, after what the finish reason says of it if that is unusual."""
-    if not reason or re.search(USUAL_FINISH_REASON, reason) or f"(finish reason: {reason})" in error.message:
+    if not reason or re.search(USUAL_FINISH_REASON, reason):
         return error
     at_limit = re.search(LIMIT_REASON, reason)
     cut_short = "was cut short because it reached the model's limit" if at_limit else "may be cut short"
@@ -1172,7 +1170,7 @@ def too_large(what: str = "an event") -> AutonomousError:
 
 
 def misread(problem: str, text: str, correction: str) -> AutonomousError:
-    """The error for what a model got wrong, to be put to it once."""
+    """The error for what a model got wrong, which it is asked once to correct."""
     return AutonomousError(f"{problem}; it begins: {quoted(text)}", correction=correction)
 
 
@@ -1245,8 +1243,7 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
             words = error_words(json.loads(words))
         words = quoted(words)
     message = f"{status}: {words}" if words else status
-    retry_after = parse_retry_after(reply.headers.get("retry-after", ""))
-    if retry_after is not None:
+    if (retry_after := parse_retry_after(reply.headers.get("retry-after", ""))) is not None:
         message += f"; it asks to wait {retry_after:.0f} s"
     retryable, outage = reply.status_code in RETRY_STATUSES, page or reply.status_code >= 500
     return AutonomousError(message, retryable=retryable, retry_after=retry_after, outage=outage)
@@ -1344,7 +1341,7 @@ def retry_wait(error: AutonomousError, number: int, limit: int) -> float | None:
 
 
 class Exchange:
-    """One prompt: what to send, when to try again, and what to tell `llm` in the end. No I/O."""
+    """One prompt: what to send, when to try again, and what to tell `llm` in the end. It uses no network."""
 
     def __init__(self, model: _Shared, prompt: llm.Prompt, stream: bool, response: Any, conversation: Any) -> None:
         options = cast(AutonomousOptions, prompt.options)
@@ -1521,9 +1518,10 @@ class Attempt:
         if not self.error:  # an error that came before the end is more telling than what is found now
             pieces = self._decode(b"", end=True)
             self.error = self._problem()
-        if not self.error:
+        problem = self.error
+        if self.yielded or not problem:  # text that was held because a call might begin there comes before the error
             pieces += self._parse([], end=True)
-            self.error = self.error and explained(self.error, self.completion.finish_reason)
+        self.error = problem or (self.error and explained(self.error, self.completion.finish_reason))
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
@@ -1599,12 +1597,14 @@ class Attempt:
         if self.thinking.reasoned:
             message += ", after some reasoning"
         reason = self.completion.finish_reason
-        if reason and not re.search(LIMIT_REASON, reason):  # the limit comes first, see explained()
+        at_limit = re.search(LIMIT_REASON, reason)
+        if reason and not at_limit:
             message += f" (finish reason: {reason})"
         if beginning := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {beginning}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
-        return explained(AutonomousError(quoted(message), outage=True, correction=correction), reason)
+        error = AutonomousError(quoted(message), outage=True, correction=correction)
+        return explained(error, reason) if at_limit else error
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
@@ -1757,7 +1757,7 @@ def new_http_client(key: ClientKey) -> Any:
 
 @functools.cache
 def ssl_context(*certificates: str | None) -> ssl.SSLContext:
-    """What verifies certificates. Loading them takes 30 ms, so it is done once for each setting of the environment."""
+    """What verifies certificates. It takes 30 ms to make, so it is kept for each setting of the environment."""
     import httpx
 
     return httpx.create_ssl_context()

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import llm
 import pytest
 from conftest import Ask, ask_async, ask_sync
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event
@@ -203,12 +204,18 @@ FAULTS: dict[str, tuple[Step, str]] = {
 }
 
 
+@pytest.mark.parametrize("tools", [None, [llm.Tool("add")]], ids=["plain", "tools"])
 @pytest.mark.parametrize(("fault", "words"), FAULTS.values(), ids=FAULTS)
-def test_text_before_a_fault_comes_out(fault: Step, words: str, ask: Ask, server: Loopback) -> None:
-    """The user has what arrived before the server failed, the line says what failed, and nothing is asked again."""
-    server.answer = play(HEAD, event(delta("one ")), fault)
-    answer = ask(timeout=1 if fault is STALL else 120)
-    assert answer.chunks == ["one "]
+def test_text_before_a_fault_comes_out(
+    fault: Step, words: str, tools: list[llm.Tool] | None, ask: Ask, server: Loopback
+) -> None:
+    """The user has all that arrived before the server failed, also what was held because it might begin a tool call.
+
+    The line says what failed, and nothing is asked again.
+    """
+    server.answer = play(HEAD, event(delta("one <b")), fault)
+    answer = ask(timeout=1 if fault is STALL else 120, tools=tools)
+    assert "".join(answer.chunks) == "one <b"
     assert answer.line.startswith(f"127.0.0.1:{server.port}: {words}")
     assert len(server.requests) == 1
 

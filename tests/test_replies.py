@@ -305,7 +305,9 @@ TEXTS = {
     "message.refusal": Row(body(message(None, refusal="Once upon")), "Once upon"),
     "the same delta twice": Row(stream(delta("ha"), delta("ha")), "haha"),
     "the message so far in each chunk": upon(
-        choice({"content": "Once "}, message={"content": "Once "}), choice({"content": "upon"}, **AGAIN)
+        choice({"content": "Once "}, message={"content": "Once "}),
+        choice({"content": "upon"}, **AGAIN),
+        choice({"content": ""}, "stop", **AGAIN),
     ),
     "the message again, beside an empty delta": upon(ONCE, UPON, choice({"content": ""}, "stop", **AGAIN)),
     "the message again": upon(ONCE, UPON, message("Once upon")),
