@@ -120,9 +120,7 @@ def test_kept_connection_that_is_lost_is_one_attempt(kind: str, server: Loopback
         ask_in_turns(kind, 2)
 
 
-def test_two_thousand_replies_whose_end_hangs_leave_no_connection(
-    server: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_replies_whose_end_hangs_leave_no_connection(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies that hang or drop about when the time for their end is over, some of them cancelled, are all left, while
     their loop goes on; and later prompts work."""
     monkeypatch.setattr(llm_autonomous, "END_TIMEOUT", 0.05)
@@ -145,7 +143,7 @@ def test_two_thousand_replies_whose_end_hangs_leave_no_connection(
 
     async def ask_all() -> None:
         server.answer = hang
-        for start in range(0, 2000, 200):
+        for start in range(0, 1000, 200):
             await asyncio.gather(*(ask(start + number) for number in range(200)))
         assert await asyncio.to_thread(until, lambda: not server.open)
         await ask_at_once(server, 40)
@@ -237,12 +235,12 @@ async def ask(words):
         assert words in answer, answer
 def run(number):
     try:
-        for turn in range(6):
+        for turn in range(4):
             asyncio.run(ask(f"thread {{number}} turn {{turn}}"))
     except BaseException as error:
         failures.append(repr(error))
 asyncio.run(ask("warm"))
-threads = [threading.Thread(target=run, args=[number]) for number in range(12)]
+threads = [threading.Thread(target=run, args=[number]) for number in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(failures)
@@ -596,7 +594,7 @@ def test_no_proxy(hosts: str, variable: str, ask: Ask, server: Loopback, monkeyp
         assert hosts in UNREADABLE or proxy.targets == []
 
 
-SILENT, FALSE = "no reply within 2 s", "it does not answer as a SOCKS proxy"
+SILENT, FALSE = "no reply within 1 s", "it does not answer as a SOCKS proxy"
 
 
 @pytest.mark.parametrize(
@@ -621,7 +619,7 @@ def test_socks_proxy_that_is_silent_or_false(
     depends on what httpcore tells its ``trace`` extension: without the stream in it, it waits for ever."""
     with OddProxy(*words, closes=reason == FALSE) as proxy:
         monkeypatch.setenv("ALL_PROXY", f"socks5://{credentials}127.0.0.1:{proxy.port}")
-        line = ask(timeout=2).line
+        line = ask(timeout=1 if reason == SILENT else 120).line
         through = f"cannot connect through the proxy 127.0.0.1:{proxy.port}"
     assert line.startswith(f"{behind_proxy}: {through}: {reason}")
     assert "attempts" not in line

@@ -360,10 +360,12 @@ def test_of_several_values_of_retry_after_the_largest_counts(
 # Screens, and connections
 
 
-@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["rows", "raw"])
 @pytest.mark.parametrize(
-    ("encoding", "words"),
-    [("cp1252", "Сервер занят"), ("cp437", "x" * 999), ("ascii", "過負荷"), ("latin-1", "Đợi 🐘")],
+    ("encoding", "words", "raw"),
+    [
+        *(("cp1252", "Сервер занят", []), ("cp437", "x" * 999, []), ("ascii", "過負荷", []), ("latin-1", "Đợi 🐘", [])),
+        ("ascii", "過負荷", ["--raw"]),
+    ],
 )
 def test_check_shows_all_rows_whatever_the_screen_can_show(
     start: Start, server: Loopback, encoding: str, words: str, raw: list[str]

@@ -100,7 +100,7 @@ def test_ci_runs_the_set_up_commands() -> None:
     """The commands that set up an environment, to try the plugin and to test it, stand in .ci/run as they are."""
     assert [command.rpartition("venv/bin/python ")[2] for command in SET_UP] == [
         'tests/loopback.py llm -m autonomous-llama "Hello"',
-        "-m pytest -n 2",
+        "-m pytest -n 4",
     ]
     lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
     assert all(command in lines for command in SET_UP)
