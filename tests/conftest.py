@@ -258,13 +258,13 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def cpu_guard() -> Iterator[None]:
-    """What is not linear would take hours at the sizes of these tests: it fails after 20 s of CPU instead."""
+    """What is not linear would take hours at the sizes of these tests: it fails after 10 s of CPU instead."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise AssertionError("20 s of CPU for what takes a fraction of one")
+        raise AssertionError("10 s of CPU for what takes a fraction of one")
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 20)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)
     yield
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     signal.signal(signal.SIGVTALRM, before)

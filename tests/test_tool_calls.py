@@ -590,9 +590,9 @@ ENDLESS = {  # what comes first, and what again and again
 
 @pytest.mark.parametrize(("start", "again"), ENDLESS.values(), ids=ENDLESS)
 def test_cost_is_linear(start: str, again: str, cpu_guard: None) -> None:
-    """A megabyte of anything, in small pieces, is read in moments."""
+    """Half a megabyte of anything, in small pieces, is read in moments."""
     parser = ToolCallParser(NAMES)
-    for piece in in_pieces(start + again * (1024 * KIB // len(again)), 64):
+    for piece in in_pieces(start + again * (512 * KIB // len(again)), 16):
         parser.feed([piece])
     parser.feed([], end=True)
 
