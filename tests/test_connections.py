@@ -471,7 +471,7 @@ def test_environment_is_read_at_each_prompt(ask: Ask, server: Loopback, monkeypa
     names is reached directly, whatever else it holds."""
     unreadable = "[,[fe80::1%eth0]:80,127.0.0.1"
     with Proxy() as proxy:
-        for hosts in ("", "127.0.0.1", "localhost, 127.0.0.1", "*", unreadable, "service.test"):
+        for hosts in ("", "127.0.0.1", "localhost, 127.0.0.1", "*", "localhost, *", unreadable, "service.test"):
             monkeypatch.setenv("NO_PROXY", hosts)
             for url in ("", proxy.url):
                 monkeypatch.setenv("HTTP_PROXY", url)
