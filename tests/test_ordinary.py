@@ -26,7 +26,6 @@ from conftest import (
     STOP,
     Answer,
     Ask,
-    Chain,
     Start,
     ask_async,
     ask_sync,
@@ -34,10 +33,9 @@ from conftest import (
     get_async_model,
     invoke,
     now,
-    run,
     texts,
 )
-from llm.parts import AttachmentPart, Message, ReasoningPart, TextPart, ToolResultPart, assistant, system, user
+from llm.parts import AttachmentPart, Message, TextPart, ToolResultPart, assistant, system, user
 from loopback import DONE, ENDPOINTS, Loopback, delta, event, say
 from proxies import PEM, TESTS, OddProxy, Proxy, refuse, until
 from pytest_httpx import HTTPXMock
@@ -46,7 +44,6 @@ import llm_autonomous
 
 LLAMA, VISION = "autonomous-llama", "autonomous-vision"
 TOOLS: dict[str, Any] = {"tools": [llm.Tool.function(now)]}
-CALL = '<tool_call>{"name": "act", "arguments": {}}</tool_call>'
 
 
 def picture(type: str | None = "image/png", **source: Any) -> llm.Attachment:
@@ -71,38 +68,7 @@ def ended(text: str, reason: str, stream: bool = True) -> Any:
     return say([json.dumps({"choices": [{"message": {"content": text}, "finish_reason": reason}]}).encode()])
 
 
-# Tools
-
-
-NOTHING = ["", None, " \n\t", "\u3000\xa0", "\r\n", llm.ToolOutput("\n")]
-ERRORS = [ValueError(), KeyError(), AssertionError(""), TimeoutError(), ValueError(" \n"), ValueError(None)]
-
-
-@pytest.mark.parametrize("result", [*NOTHING, *ERRORS])
-def test_what_has_no_words_is_told_in_words(chain: Chain, server: Loopback, result: Any) -> None:
-    """A tool that returns nothing has not failed, and one that failed has, even if its exception says nothing."""
-
-    def act() -> Any:
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    server.answers += [texts(CALL), texts("Done")]
-    assert chain(tools=[act]).text == "Done"
-    told = server.last.messages[-1]["content"].partition("\nUse these results")[0]
-    if isinstance(result, Exception):
-        assert re.fullmatch(r"The tool act returned:\nError: .*no message was given", told)
-    else:
-        assert told == "The tool act ran without an error and returned an empty result."
-
-
-def test_notes_of_the_history_have_words_too(ask: Ask, server: Loopback) -> None:
-    """The same is told where a prompt has no tools."""
-    results: list[Any] = [ToolResultPart("act", "\n"), ToolResultPart("act", "Error: ", exception="OSError: ")]
-    ask(None, messages=[user("hi"), Message("tool", results), assistant("ho"), user("So?")])
-    first, second = server.last.messages[1]["content"].split("\n")
-    assert "ran without an error and returned an empty result" in first
-    assert "OSError: no message was given" in second
+# The limit of an answer
 
 
 CUT_SHORT = [
@@ -428,47 +394,6 @@ def test_what_holds_nothing_but_its_type_is_no_part_of_the_answer(
         assert (ask().text, caplog.messages) == ("fine", [])
 
 
-THOUGHT = {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "a\ud83d"}]}]}
-HALVES = [
-    ([{"reasoning_content": "a\ud83d"}, {"content": "Hi"}], "a\ufffd", "Hi"),
-    ([{"reasoning": "\ud83d"}, {"content": "\ude00Hi"}], "\ufffd", "\ufffdHi"),
-    ([THOUGHT, {"content": "\ud83d"}, {"content": "\ude00"}], "a\ufffd", "😀"),
-    ([{"reasoning": "a\ud83d", "content": "Hi"}], "a\ufffd", "Hi"),
-]
-
-
-@pytest.mark.parametrize(("deltas", "reasoning", "text"), HALVES)
-def test_half_a_character_of_the_reasoning_stays_there(
-    chain: Chain, server: Loopback, deltas: list[Any], reasoning: str, text: str
-) -> None:
-    """It is not put before the text that follows."""
-    server.answer = say([*(event({"choices": [{"index": 0, "delta": each}]}) for each in deltas), STOP])
-    chained = chain()
-    assert chained.text == text
-    parts = [part for message in chained.messages[0] for part in message.parts]
-    assert "".join(part.text for part in parts if isinstance(part, ReasoningPart)) == reasoning
-
-
-DETAILS = [
-    ({"cached_tokens": 3}, {"cached_tokens": 4}, {"cached_tokens": 7}),
-    ({"cached_tokens": 3}, {}, {"cached_tokens": 3}),
-    ({"cached_tokens": 1, "audio_tokens": 5}, {"cached_tokens": 2}, {"cached_tokens": 3, "audio_tokens": 5}),
-    ({"cached_tokens": 4, "text_tokens": None}, {"text_tokens": 2}, {"cached_tokens": 4, "text_tokens": 2}),
-]
-
-
-@pytest.mark.parametrize(("first", "second", "total"), DETAILS)
-def test_details_of_usage_are_added_up_after_a_correction(
-    ask: Ask, server: Loopback, first: dict[str, Any], second: dict[str, Any], total: dict[str, int]
-) -> None:
-    """Each is added up by itself, as the totals are."""
-    usages = [{"prompt_tokens": 10, "completion_tokens": 2, "prompt_tokens_details": each} for each in (first, second)]
-    server.answers += [texts("no JSON", usage=usages[0]), texts(CLEO, usage=usages[1])]
-    response = ask(schema=DOG).response
-    assert (response.input_tokens, response.output_tokens) == (20, 4)
-    assert response.token_details == {"prompt_tokens_details": total}
-
-
 # Blanks, no proxy, and no asyncio
 
 
@@ -478,15 +403,6 @@ def test_a_line_of_blanks_does_not_end_a_chat(server: Loopback, blanks: str) -> 
     _, stderr, code = invoke("chat", "-m", LLAMA, typed=f"{blanks}\nhi\nquit\n")
     assert (stderr, code) == ("", 0)
     assert [request.messages[-1]["content"] for request in server.requests] == [blanks, "hi"]
-
-
-@pytest.mark.parametrize("settings", [{}, {"system": "Be brief"}, TOOLS], ids=["alone", "system", "tools"])
-def test_a_prompt_of_blanks_is_a_prompt(ask: Ask, server: Loopback, settings: dict[str, Any]) -> None:
-    """Only a prompt without a single character is none."""
-    server.answer = texts("What?")
-    assert ask(" \n", **settings).text == "What?"
-    assert server.last.messages[-1] == {"role": "user", "content": " \n"}
-    assert ask("").line == "the prompt is empty: nothing was sent"
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY", None])
@@ -501,7 +417,6 @@ def test_an_empty_proxy_is_no_proxy(
         invoke("models", "options", "set", LLAMA, "proxy", "http://127.0.0.1:1")
     assert invoke(*command, "-o", "proxy", "")[1:] == ("", 0)
     assert len(server.requests) == (1 if LLAMA in command else 5)
-    assert "or nothing ('') for no proxy" in " ".join(run("models", "--options", "-q", LLAMA).split())
 
 
 def test_an_async_prompt_without_asyncio_says_so(server: Loopback) -> None:

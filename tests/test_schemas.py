@@ -7,7 +7,6 @@ import re
 import sys
 from typing import Any, Literal
 
-import llm
 import pytest
 from conftest import (
     CLEO,
@@ -26,10 +25,10 @@ from conftest import (
     run,
     texts,
 )
-from loopback import DONE, ENDPOINTS, Loopback, delta, event, say, speak
+from loopback import ENDPOINTS, Loopback, speak
 from pydantic import BaseModel
 
-from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, SHORTER, schema_instructions
+from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, schema_instructions
 
 REX = '{"name": "Rex, the larger one", "age": 1}'
 DOGS = {"type": "object", "properties": {"items": {"type": "array", "items": DOG}}, "required": ["items"]}
@@ -199,15 +198,6 @@ def test_model_is_told_once_what_does_not_match(
     assert sleeps == []
 
 
-def test_second_answer_is_what_is_kept(ask: Ask, server: Loopback) -> None:
-    """The response is the JSON, its tokens are those of both answers."""
-    usage = {"prompt_tokens": 10, "completion_tokens": 5}
-    server.answers += [texts("I do not know.", usage=usage), texts(f"Well: {CLEO}", usage=usage)]
-    answer = ask(schema=DOG)
-    assert answer.chunks == [CLEO]
-    assert (answer.response.input_tokens, answer.response.output_tokens) == (20, 10)
-
-
 LARGE = ["[", '{"a": ', '"', "```json\n", " ", "\\", "{", "{x", "[x", "{ "]  # 300 KB of it
 MANY = ["[1]", "{}", '{"a": 1} ']  # 50 KB, since each is a value to be checked
 
@@ -270,26 +260,6 @@ def test_answer_larger_than_the_bound(ask: Ask, server: Loopback, monkeypatch: p
     server.answer = texts(*["x" * 1000] * 9)
     assert "larger than" in ask(schema=DOG).line
     assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("reason", ["length", "max_tokens"])
-@pytest.mark.parametrize(
-    ("given", "half", "whole"),
-    [({"schema": DOG}, CLEO[:9], CLEO), ({"tools": [llm.Tool.function(now)]}, NOW_TAG[:30], "<tool_")],
-    ids=["schema", "tool"],
-)
-def test_answer_that_reaches_the_limit(
-    given: Any, half: str, whole: str, reason: str, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of half an answer, the error and the question to the model say first that it was too long; a whole one is one."""
-    end = [event(delta(finish_reason=reason)), DONE]
-    server.answer = say([event(delta(half)), *end])
-    limit = f"because it reached the model's limit (finish reason: {reason}): "
-    assert ask(**given).line.startswith(f"127.0.0.1:{server.port}: the answer was cut short {limit}")
-    assert server.last.messages[-1]["content"].startswith(SHORTER)
-    server.answer = say([event(delta(whole)), *end])
-    assert ask(**given).text == whole
-    assert reason in caplog.text
 
 
 # Tools and a schema
@@ -380,14 +350,6 @@ def test_schema_of_a_template(server: Loopback) -> None:
     run("-m", "autonomous-llama", "--schema", "name, age int", "--system", "Be brief", "--save", "dog")
     assert strict(run("-t", "dog", "Cleo is 4")) == {"name": "Cleo is 4", "age": 4}
     assert server.last.messages[0]["content"].startswith("Be brief\n\n")
-
-
-def test_schema_and_functions_on_the_command_line(server: Loopback) -> None:
-    """The chain ends in the JSON, and the log finds it."""
-    said = {"name": "now said noon", "nick": "now said noon"}
-    command = ["-m", "autonomous-llama", "--functions", "def now(): return 'noon'", "--schema", "name, nick"]
-    assert strict(run(*command, "Call now with {}")) == said
-    assert strict(run("logs", "--schema", "name, nick", "--data").splitlines()[-1]) == said
 
 
 @pytest.mark.parametrize(
