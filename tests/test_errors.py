@@ -352,6 +352,19 @@ def test_warning_reaches_the_terminal(server: Loopback, start: Start) -> None:
     assert done == ("one\n" * 3, f"{warning}\n" * 3, 0)
 
 
+# Settings
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_proxy_variable_at_fault_is_named(
+    variable: str, ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the variable that holds no proxy URL, without the password in it."""
+    monkeypatch.setenv(variable, "http://me:secret@host:port")
+    assert ask().line == f"{variable} must be an http://, https://, socks5:// or socks5h:// URL with a host"
+    assert server.requests == []
+
+
 # The error itself
 
 

@@ -15,17 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import NOWHERE, PNG, Ask, get_model
 from llm.cli import cli
-from llm.parts import (
-    AttachmentPart,
-    Message,
-    ReasoningPart,
-    TextPart,
-    ToolCallPart,
-    ToolResultPart,
-    assistant,
-    system,
-    user,
-)
+from llm.parts import AttachmentPart, Message, ReasoningPart, TextPart, ToolCallPart, ToolResultPart, assistant, user
 from loopback import BACKENDS, ENDPOINTS
 from pydantic import ValidationError
 from pytest_httpx import HTTPXMock
@@ -267,7 +257,7 @@ def test_an_empty_prompt_is_an_error_before_anything_is_sent(
         pytest.param({"prompt": " \t\u2028"}, user(" \t\u2028"), id="blanks"),
         pytest.param({"prompt": " \n", "system": "Be brief"}, user(" \n"), id="blanks and a system prompt"),
         pytest.param({"prompt": " \n", "tools": [llm.Tool("look")]}, user(" \n"), id="blanks and a tool"),
-        pytest.param({"prompt": "", "system": "Be brief"}, system("Be brief"), id="a system prompt alone"),
+        pytest.param({"prompt": "", "system": "Be brief"}, message("system", TextPart("Be brief")), id="system alone"),
         pytest.param({"messages": [user("Count"), assistant("one,")]}, assistant("one,"), id="a begun answer"),
     ],
 )
