@@ -357,13 +357,11 @@ def test_clients_that_no_prompt_needs_are_closed(
 
 
 EMPTY_DELTAS: list[Any] = [
-    {"content": [{"type": "thinking", "thinking": []}]},
     {"content": [{"type": "thinking", "thinking": [], "closed": True}]},
     {"content": [{"type": "thinking", "thinking": None, "signature": ""}, {"type": "text"}]},
     {"content": [{"type": "reference", "reference_ids": []}]},
     {"reasoning": [{"type": "summary"}]},
     {"content": {"type": "text"}},
-    {"type": "ping"},
 ]
 
 
