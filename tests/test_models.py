@@ -192,6 +192,18 @@ def test_a_broken_environment_breaks_no_other_command(broken_environment: None) 
     assert [line.split()[1] for line in listed] == MODELS
 
 
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"])
+def test_a_broken_environment_is_one_line_for_a_prompt(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """What registering did not look at is an error when it is needed, without the password in it."""
+    monkeypatch.setenv(
+        "AUTONOMOUS_BASE_URL", "http://127.0.0.1:1" if variable == "HTTP_PROXY" else "https://127.0.0.1:1"
+    )
+    monkeypatch.setenv(variable, "http://me:hunter2@host:port")
+    assert ask("hi").line == f"{variable} must be an http://, https://, socks5:// or socks5h:// URL with a host"
+
+
 def test_loading_the_module_imports_no_http_client_and_nothing_beside_what_llm_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
