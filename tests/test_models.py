@@ -12,7 +12,7 @@ import llm
 import llm.hookspecs
 import pluggy
 import pytest
-from conftest import Ask, run
+from conftest import NOWHERE, Ask, run
 from loopback import BACKENDS, ENDPOINTS, Loopback
 from proxies import run_python
 
@@ -192,14 +192,14 @@ def test_a_broken_environment_breaks_no_other_command(broken_environment: None) 
     assert [line.split()[1] for line in listed] == MODELS
 
 
-@pytest.mark.parametrize("variable", ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"])
+@pytest.mark.parametrize(
+    ("variable", "url"), [("HTTP_PROXY", NOWHERE), ("HTTPS_PROXY", "https://127.0.0.1:1"), ("ALL_PROXY", NOWHERE)]
+)
 def test_a_broken_environment_is_one_line_for_a_prompt(
-    ask: Ask, monkeypatch: pytest.MonkeyPatch, variable: str
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, variable: str, url: str
 ) -> None:
     """What registering did not look at is an error when it is needed, without the password in it."""
-    monkeypatch.setenv(
-        "AUTONOMOUS_BASE_URL", "http://127.0.0.1:1" if variable == "HTTP_PROXY" else "https://127.0.0.1:1"
-    )
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
     monkeypatch.setenv(variable, "http://me:hunter2@host:port")
     assert ask("hi").line == f"{variable} must be an http://, https://, socks5:// or socks5h:// URL with a host"
 
