@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import sys
@@ -92,10 +91,9 @@ class Bridge(Loopback):
         self, body: dict[str, Any], connection: Connection, received: bytearray, exchange: Exchange
     ) -> None:
         """Send ``body`` upstream, and pass the reply on. Leaving the ``with`` early cancels the request upstream."""
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT)
         async with (
-            httpx.AsyncClient(
-                verify=self._certificates, timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT)
-            ) as client,
+            httpx.AsyncClient(verify=self._certificates, timeout=timeout) as client,
             client.stream("POST", self._url, json=body, headers=self._headers) as reply,
         ):
             exchange["status"] = reply.status_code
@@ -162,15 +160,13 @@ def main(arguments: list[str]) -> int:
         parser.error(f"the environment variable {options.key_variable} is not set")
     fields = {name: getattr(options, name) for name in ("temperature", "seed", "max_tokens")}
     fields = {name: value for name, value in fields.items() if value is not None}
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(options.log, "a", encoding="utf-8", buffering=1)) if options.log else None
+    with open(options.log or os.devnull, "a", encoding="utf-8", buffering=1) as log:
 
         def record(exchange: Exchange) -> None:
-            if log:
-                log.write(json.dumps(exchange, ensure_ascii=False) + "\n")
+            log.write(json.dumps(exchange, ensure_ascii=False) + "\n")
 
-        bridge = stack.enter_context(Bridge(options.to, options.model, fields, key, record))
-        return run(options.command, bridge.url)
+        with Bridge(options.to, options.model, fields, key, record) as bridge:
+            return run(options.command, bridge.url)
 
 
 if __name__ == "__main__":

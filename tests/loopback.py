@@ -255,17 +255,12 @@ def speak(pause: float = 0.0) -> Answer:
 
     async def answer(request: Request, connection: Connection) -> None:
         if wrong := check(request):
-            body = json.dumps({"error": {"message": wrong}}).encode()
-            await connection.whole(body, "400 Bad Request")
+            await connection.whole(json.dumps({"error": {"message": wrong}}).encode(), "400 Bad Request")
             return
         words = re.findall(r"\S+\s*|\s+", follow(request) or describe(request))
         model = BACKENDS[request.payload["aiAgent"]]
         asked = sum(len(str(message["content"]).split()) for message in request.messages)
-        usage = {
-            "prompt_tokens": asked,
-            "completion_tokens": len(words),
-            "total_tokens": asked + len(words),
-        }
+        usage = {"prompt_tokens": asked, "completion_tokens": len(words), "total_tokens": asked + len(words)}
         if not request.payload["stream"]:
             completion = delta(finish_reason="stop", model=model, usage=usage)
             completion["object"] = "chat.completion"
@@ -462,15 +457,12 @@ def run(command: list[str], url: str) -> int:
     return code if code >= 0 else 128 - code
 
 
-def main(command: list[str]) -> int:
-    with Loopback(speak(pause=0.02)) as server:
-        return run(command, server.url)
-
-
 def _default_interrupt() -> None:
     """Let Ctrl-C interrupt again. A script that starts a command with ``&`` makes it ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with Loopback(speak(pause=0.02)) as loopback:
+        exit_code = run(sys.argv[1:], loopback.url)
+    sys.exit(exit_code)

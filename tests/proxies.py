@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -97,26 +97,21 @@ def refuse(status: int, **headers: str) -> Answer:
 
 def cut(*pieces: bytes, head: str | None = "200 OK", reset: bool = False) -> Answer:
     """An answer of these pieces, after which the connection drops."""
-
-    async def answer(request: Request, connection: Connection) -> None:
-        if head:
-            await connection.head(head)
-        for piece in pieces:
-            await connection.send(piece)
-        await connection.drop(reset)
-
-    return answer
+    return begin(head, pieces, lambda connection: connection.drop(reset))
 
 
 def silent(*pieces: bytes, head: str | None = "200 OK") -> Answer:
     """An answer of these pieces, after which nothing comes."""
+    return begin(head, pieces, Connection.stall)
 
+
+def begin(head: str | None, pieces: Iterable[bytes], end: Callable[[Connection], Awaitable[None]]) -> Answer:
     async def answer(request: Request, connection: Connection) -> None:
         if head:
             await connection.head(head)
         for piece in pieces:
             await connection.send(piece)
-        await connection.stall()
+        await end(connection)
 
     return answer
 

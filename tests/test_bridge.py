@@ -14,7 +14,7 @@ import httpx
 import llm
 import pytest
 from bridge import Bridge, Exchange, read_reply
-from conftest import NOWHERE, PNG, USAGE, Ask, Start, complete, finish, interrupt, output_until
+from conftest import NOWHERE, PNG, USAGE, Ask, Start, complete, finish, interrupt, output_until, run
 from loopback import DONE, Connection, Loopback, Request, delta, event, say
 from proxies import cut, silent, until
 
@@ -116,7 +116,6 @@ def test_a_reply_that_breaks_off_upstream_breaks_off(
     bridge: Bridge, upstream: Loopback, exchanges: list[Exchange], ask: Ask
 ) -> None:
     """The text that came before is not taken to be the whole answer."""
-
     upstream.answer = cut(event(delta("half")))
     answer = ask()
     assert answer.chunks == ["half"]
@@ -131,7 +130,6 @@ def test_a_client_that_leaves_cancels_the_request_upstream(
     stream: bool, bridge: Bridge, upstream: Loopback, exchanges: list[Exchange]
 ) -> None:
     """A model that nobody listens to should not go on computing."""
-
     upstream.answer = silent(event(delta("a")))
     with socket.create_connection(("127.0.0.1", bridge.port)) as client:
         data = json.dumps(body(stream))
@@ -177,20 +175,26 @@ def test_the_log_has_the_text_of_a_reply(reply: bytes, read: Exchange) -> None:
 # The bridge, as a person runs it
 
 
-def test_the_bridge_runs_a_command_and_writes_a_log(upstream: Loopback, start: Start, tmp_path: Path) -> None:
+def test_the_bridge_takes_options_and_writes_a_log(
+    upstream: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`python tests/bridge.py --to URL --model NAME llm ...`, with sampling options and a key in the environment."""
+
+    def run_here(command: list[str], url: str) -> str:
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
+        return run(*command[1:])
+
+    monkeypatch.setattr(bridge_module, "run", run_here)
+    monkeypatch.setenv("TINY_KEY", "secret")
     log = tmp_path / "log.jsonl"
-    sampling = ("--temperature", "0.5", "--seed", "3", "--max-tokens", "9")
-    options = ("--to", f"{upstream.url}/v1", "--model", "tiny", *sampling, "--key-variable", "TINY_KEY")
-    command = ("llm", "-m", "autonomous-llama", "Hello", "--no-log")
-    process = start(*BRIDGE, *options, "--log", str(log), *command, TINY_KEY="secret")
-    assert finish(process) == ("upstream heard: Hello \n", "", 0)
+    options = f"--to {upstream.url}/v1 --model tiny --temperature 0.5 --seed 3 --max-tokens 9 --key-variable TINY_KEY"
+    command = ["--log", str(log), "llm", "-m", "autonomous-llama", "Hello", "--no-log"]
+    assert bridge_module.main([*options.split(), *command]) == "upstream heard: Hello \n"
     sent = upstream.last.payload
     assert (sent["temperature"], sent["seed"], sent["max_tokens"]) == (0.5, 3, 9)
     assert upstream.last.headers["authorization"] == "Bearer secret"
-    [line] = log.read_text(encoding="utf-8").splitlines()
-    assert "secret" not in line
-    exchange = json.loads(line)
+    assert "secret" not in log.read_text()
+    exchange = json.loads(log.read_text())
     assert exchange.pop("time")
     assert exchange.pop("seconds") >= 0
     assert exchange == {

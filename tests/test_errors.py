@@ -8,20 +8,18 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import re
 import socket
 import sys
-import threading
 import zlib
 from collections.abc import Callable
 from typing import Any
 
-import click
 import llm
 import pytest
-from click.testing import CliRunner
 from conftest import Ask, Start, finish, invoke
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
-from proxies import free_port, tls
+from proxies import OddProxy, free_port, tls
 
 from llm_autonomous import BASE_URL, AutonomousError
 
@@ -50,10 +48,6 @@ async def stall(request: Request, connection: Connection) -> None:
     await connection.stall()
 
 
-async def drop(request: Request, connection: Connection) -> None:
-    await connection.drop()
-
-
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> None:
     """The service's name means 127.0.0.1, and is the only one there is."""
@@ -66,73 +60,52 @@ def service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
-# No connection
+# No connection, and no answer
 
 
-def test_name_that_does_not_resolve(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A DNS failure names the host, and says what the resolver says."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://nosuchhost.invalid:8000")
-    line = ask().line
-    assert line.startswith("nosuchhost.invalid:8000: cannot connect: ")
-    assert "name" in line.partition("cannot connect: ")[2].lower()
+@pytest.mark.parametrize("host", ["nosuchhost.invalid:8000", "a" * 64 + ".invalid"])
+def test_name_that_does_not_resolve(host: str, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DNS failure names the host, and says what the resolver says, or Python about the name itself."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://{host}")
+    assert re.match(rf"{host}: (cannot connect|the request failed): .*([Nn]ame|label)", ask().line)
 
 
 def test_connection_refused(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refused connection names the host and the port."""
+    """The line names the host and the port; for the one who debugs it, the error has what the HTTP client raised."""
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")
-    assert ask().line == "127.0.0.1:1: cannot connect: Connection refused (3 attempts)"
+    answer = ask()
+    assert answer.line == "127.0.0.1:1: cannot connect: Connection refused (3 attempts)"
+    assert type(getattr(answer.error, "__cause__", None)).__name__ == "ConnectError"
 
 
-def test_server_without_tls(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handshake that fails for another reason says so in OpenSSL's words."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer_in_plain_words() -> None:
-            for _ in range(3):
-                connection, _ = listener.accept()
-                with connection:
-                    connection.recv(10_000)
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        thread = threading.Thread(target=answer_in_plain_words)
-        thread.start()
-        host = f"127.0.0.1:{listener.getsockname()[1]}"
-        monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"https://{host}")
-        line = ask().line
-        thread.join()
-    assert line.startswith(f"{host}: cannot connect: ")
-    assert "SSL" in line
+@pytest.mark.parametrize(
+    ("words", "timeout", "reason"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", 120, ".*SSL.*"), (b"", 0.05, "no reply within 0.05 s")],
+    ids=["without TLS", "silent"],
+)
+def test_handshake_that_fails(
+    words: bytes, timeout: float, reason: str, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line has OpenSSL's words, or how long a reply was waited for."""
+    with OddProxy(words, closes=bool(words)) as server:
+        monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"https://127.0.0.1:{server.port}")
+        line = ask(timeout=timeout).line
+    assert re.fullmatch(rf"127.0.0.1:{server.port}: cannot connect: {reason} \(3 attempts\)", line)
 
 
-def test_connection_not_made_in_time(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the handshake gets no reply, the line says how long it was waited for."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        host = f"127.0.0.1:{listener.getsockname()[1]}"
-        monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"https://{host}")
-        line = ask(timeout=0.05).line
-    assert line == f"{host}: cannot connect: no reply within 0.05 s (3 attempts)"
+NO_ANSWERS = [
+    (stall, "silent for 0.5 s; -o timeout sets the limit"),
+    (raw(b""), "the connection was lost before any answer (3 attempts)"),
+    (raw(b"HTTP/1.1 204 No Content\r\n\r\n"), "the answer was empty"),
+    (raw(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 100\r\n\r\nno luck"), "HTTP 400 Bad Request: no luck"),
+]
 
 
-def test_silence(ask: Ask, server: Loopback) -> None:
-    """A server that takes the prompt and says nothing is given up on, and the line says how to wait longer."""
-    server.answer = stall
-    line = ask(timeout=0.5).line
-    assert line == f"127.0.0.1:{server.port}: silent for 0.5 s; -o timeout sets the limit"
-    assert len(server.requests) == 1
-
-
-def test_connection_dropped_before_any_answer(ask: Ask, server: Loopback) -> None:
-    """A connection that is closed without a reply was lost."""
-    server.answer = drop
-    line = ask().line
-    assert line == f"127.0.0.1:{server.port}: the connection was lost before any answer (3 attempts)"
-
-
-def test_host_name_that_cannot_be_looked_up(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Python raises about the name itself is one line too."""
-    name = "a" * 64 + ".invalid"
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"http://{name}")
-    assert ask().line.startswith(f"{name}: ")
+@pytest.mark.parametrize(("answer", "words"), NO_ANSWERS, ids=["silent", "dropped", "empty", "half an error"])
+def test_no_answer(answer: Answer, words: str, ask: Ask, server: Loopback) -> None:
+    """A server that takes the prompt and gives no answer is given up on, and the line says why."""
+    server.answer = answer
+    assert ask(timeout=0.5).line == f"127.0.0.1:{server.port}: {words}"
 
 
 @pytest.mark.parametrize("fault", ["DNS", "refused", "certificate", "silence", "dropped", "503", "page", "empty"])
@@ -145,7 +118,7 @@ def test_service_itself_is_often_down(ask: Ask, fault: str, monkeypatch: pytest.
         "silence": stall,
         "empty": say([]),
     }
-    with Loopback(answers.get(fault, drop), tls() if fault == "certificate" else None) as server:
+    with Loopback(answers.get(fault, raw(b"")), tls() if fault == "certificate" else None) as server:
         port = free_port() if fault == "refused" else server.port
         scheme = "https" if fault == "certificate" else "http"
         monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"{scheme}://{SERVICE}:{port}")
@@ -160,11 +133,11 @@ def no_address(*args: Any, **kwargs: Any) -> Any:
     raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
-@pytest.mark.parametrize("fault", [raw(b""), stall, whole(b"", "503 Service Unavailable"), whole(b"<html>"), say([])])
+@pytest.mark.parametrize("fault", [whole(b"", "503 Service Unavailable"), whole(b"<html>")])
 def test_another_host_is_not_the_service(ask: Ask, server: Loopback, fault: Answer) -> None:
-    """Of a server that is not the service, nothing of the kind is said."""
+    """Of a server that is not the service, nothing of the kind is said; nor in `test_no_answer`."""
     server.answer = fault
-    assert "often down" not in ask(timeout=0.1).line
+    assert "often down" not in ask().line
 
 
 # A status that is an error
@@ -218,12 +191,6 @@ def test_status_without_body(ask: Ask, server: Loopback, status: str) -> None:
     assert ask().line == f"127.0.0.1:{server.port}: HTTP {status}"
 
 
-def test_error_body_that_is_cut_off(ask: Ask, server: Loopback) -> None:
-    """A connection that is lost within the body of an error leaves what has come of it."""
-    server.answer = raw(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 100\r\n\r\nno luck")
-    assert ask().line == f"127.0.0.1:{server.port}: HTTP 400 Bad Request: no luck"
-
-
 # A web page
 
 
@@ -249,10 +216,7 @@ PAGES = {
 @pytest.mark.parametrize(("page", "words"), PAGES.values(), ids=PAGES)
 @pytest.mark.parametrize(
     ("status", "content_type"),
-    [
-        *(("200 OK", f"{kind}") for kind in ("text/html", "application/json", "text/event-stream")),
-        *(("403 Forbidden", "text/html"), ("503 Service Unavailable", "application/xml")),
-    ],
+    [("200 OK", "text/html"), ("200 OK", "text/event-stream"), ("503 Service Unavailable", "application/xml")],
 )
 def test_web_page(ask: Ask, server: Loopback, status: str, content_type: str, page: str, words: str) -> None:
     """A page, known by its text, is named by its title as a browser shows it, or else by its words without its tags."""
@@ -313,12 +277,6 @@ def test_content_coding_that_was_not_asked_for(coding: str, ask: Ask, server: Lo
     """It is named. One compression inside another could expand to terabytes, so it is not even tried."""
     server.answer = say([b"\x1b\x03\x00"], headers={"content-encoding": coding})
     assert ask().line.endswith(f"the reply was not understood: its encoding is {coding}")
-
-
-def test_reply_without_content(ask: Ask, server: Loopback) -> None:
-    """A success without any body is an error and not an empty answer."""
-    server.answer = raw(b"HTTP/1.1 204 No Content\r\n\r\n")
-    assert ask().line == f"127.0.0.1:{server.port}: the answer was empty"
 
 
 @pytest.mark.parametrize(
@@ -403,17 +361,8 @@ def test_proxy_variable_at_fault_is_named(
 ) -> None:
     """The error names the variable that holds no proxy URL, without the password in it."""
     monkeypatch.setenv(variable, "http://me:secret@host:port")
-    line = ask().line
-    assert variable in line
-    assert "secret" not in line
+    assert ask().line == f"{variable} must be an http://, https://, socks5:// or socks5h:// URL with a host"
     assert server.requests == []
-
-
-@pytest.mark.parametrize("hosts", ["localhost,[::1]", "localhost,::1/128", "127.0.0.1", "fd07:b51a:cc66:f0::/64"])
-def test_any_no_proxy_can_be_read(hosts: str, ask: Ask, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever NO_PROXY holds, prompts are sent."""
-    monkeypatch.setenv("NO_PROXY", hosts)
-    assert ask().text == "llama heard: hi"
 
 
 # The error itself
@@ -432,31 +381,11 @@ def test_llm_shows_the_error_as_one_line(server: Loopback, flags: list[str]) -> 
     assert stderr[:-1].isprintable()
 
 
-def test_error_is_its_message() -> None:
-    """It is a `llm.ModelError`, whose words are the line alone, and click shows that line with exit code 1."""
-
-    @click.command()
-    def fail() -> None:
-        raise error
-
-    error = AutonomousError("no luck", retryable=True)
-    assert isinstance(error, llm.ModelError)
-    assert str(error) == error.message == error.format_message() == "no luck"
-    result = CliRunner().invoke(fail)
-    assert (result.exit_code, result.output) == (1, "Error: no luck\n")
-
-
-def test_error_can_be_pickled() -> None:
-    """A pool of processes can hand an error back, with all that it knows."""
-    error = pickle.loads(pickle.dumps(AutonomousError("no luck", retryable=True, retry_after=2.0, outage=True)))
-    assert type(error) is AutonomousError
-    assert (str(error), error.message) == ("no luck", "no luck")
-    assert (error.retryable, error.retry_after, error.outage) == (True, 2.0, True)
-
-
-def test_error_has_its_cause(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the one who debugs it, what the HTTP client raised is the cause of the error."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "http://127.0.0.1:1")
-    error = ask().error
-    assert error is not None
-    assert type(error.__cause__).__name__ == "ConnectError"
+def test_error_is_its_message_and_can_be_pickled() -> None:
+    """It is a `llm.ModelError`, whose words are the line alone. A pool of processes hands it back with all it knows."""
+    error = AutonomousError("no luck", retryable=True, retry_after=2.0, outage=True)
+    for same in (error, pickle.loads(pickle.dumps(error))):
+        assert isinstance(same, AutonomousError)
+        assert isinstance(same, llm.ModelError)
+        assert str(same) == same.message == same.format_message() == "no luck"
+        assert (same.retryable, same.retry_after, same.outage) == (True, 2.0, True)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +12,9 @@ import llm
 import llm.hookspecs
 import pluggy
 import pytest
-from conftest import Ask
-from loopback import BACKENDS, ENDPOINTS, Loopback, environment
+from conftest import NOWHERE, Ask, run
+from loopback import BACKENDS, ENDPOINTS, Loopback
+from proxies import run_python
 
 import llm_autonomous
 
@@ -31,16 +28,6 @@ OWN_ALIASES = {
 }
 BARE = list(BACKENDS.values())
 IMAGE_TYPES = {"image/png", "image/jpeg", "image/webp", "image/gif", "image/jpg", "image/pjpeg", "image/x-png"}
-
-# No network is wanted from any of these.
-BROKEN_ENVIRONMENT = {
-    "AUTONOMOUS_BASE_URL": "::no url::",
-    "HTTPS_PROXY": "nonsense://me:hunter2@",
-    "ALL_PROXY": "socks9://[",
-    "SSL_CERT_FILE": "/nonexistent",
-    "SSL_CERT_DIR": "/nonexistent",
-}
-
 
 Load = Callable[..., None]
 
@@ -87,31 +74,21 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     return load
 
 
-@pytest.fixture(params=[True, False], ids=["loaded after", "loaded before"])
-def load_beside(load: Load, request: pytest.FixtureRequest) -> Load:
-    """``load_beside(plugin)`` has `llm` know this plugin and ours, in either order."""
-    return lambda plugin: load(*([llm_autonomous, plugin] if request.param else [plugin, llm_autonomous]))
+@pytest.fixture
+def broken_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that no prompt could be sent with."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "::no url::")
+    monkeypatch.setenv("HTTPS_PROXY", "nonsense://me:hunter2@")
+    monkeypatch.setenv("ALL_PROXY", "socks9://[")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
+    monkeypatch.setenv("SSL_CERT_DIR", "/nonexistent")
 
 
 def registered() -> dict[str, Any]:
     return {entry.model.model_id: entry for entry in llm.get_models_with_aliases()}
 
 
-def python(script: str, **variables: str) -> Any:
-    """What a script, run in a process of its own that loads no plugins, prints as JSON."""
-    settings = {**os.environ, "LLM_LOAD_PLUGINS": "", **variables}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 # The models
-
-
-def test_the_five_models_are_there() -> None:
-    """`llm` finds the plugin by its entry point, and knows its five models."""
-    assert [model_id for model_id in registered() if model_id.startswith("autonomous")] == MODELS
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
@@ -142,46 +119,41 @@ def test_attachments_are_refused_before_anything_is_sent(ask: Ask, server: Loopb
     assert server.requests == []
 
 
-@pytest.mark.parametrize("image_type", sorted(IMAGE_TYPES))
-def test_vision_takes_four_types_of_image_by_all_their_names(ask: Ask, server: Loopback, image_type: str) -> None:
-    """PNG, JPEG, WebP and GIF."""
-    sent = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
-    answer = ask("hi", "autonomous-vision", attachments=[llm.Attachment(type=image_type, content=b"...")])
-    assert answer.text == f"vision heard: hi\nPictures: data:{sent.get(image_type, image_type)};base64"
+@pytest.mark.parametrize("kind", ["image/png", "image/jpeg", "image/webp", "image/gif"])
+def test_vision_takes_four_types_of_image(ask: Ask, server: Loopback, kind: str) -> None:
+    """PNG, JPEG, WebP and GIF, which is also what the server is told."""
+    answer = ask("hi", "autonomous-vision", attachments=[llm.Attachment(type=kind, content=b"...")])
+    assert answer.text == f"vision heard: hi\nPictures: data:{kind};base64"
 
 
 # The bare names
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["loaded after", "loaded before"])
 @pytest.mark.parametrize("trylast", [False, True], ids=["plain", "trylast"])
-@pytest.mark.parametrize("names", [{name: [] for name in BARE}, {"other": BARE}], ids=["model id", "alias"])
-def test_a_bare_name_of_another_plugin_stays_its_own(
-    load_beside: Load, trylast: bool, names: dict[str, list[str]]
+@pytest.mark.parametrize(
+    ("names", "users"),
+    [
+        ({name: [] for name in BARE}, []),
+        ({"other": BARE}, []),
+        ({"other": []}, BARE),
+        ({"other": ["hermes-3"]}, ["llama-3.3-70b"]),
+    ],
+    ids=["model id", "alias", "alias of the user", "some"],
+)
+def test_a_bare_name_that_is_taken_stays_what_it_is(
+    load: Load, user_path: Path, order: int, trylast: bool, names: dict[str, list[str]], users: list[str]
 ) -> None:
-    """Whatever order plugins load and register in, `hermes-3` from elsewhere is that one."""
-    load_beside(another_plugin(trylast, names))
+    """Whatever order plugins load and register in, `hermes-3` from elsewhere, or from `aliases.json`, is that one."""
+    (user_path / "aliases.json").write_text(json.dumps(dict.fromkeys(users, "other")))
+    load(*[llm_autonomous, another_plugin(trylast, names)][::order])
+    models = registered()
     for name, backend in BACKENDS.items():
-        assert isinstance(llm.get_model(backend), Elsewhere)
-        assert isinstance(llm.get_async_model(backend), ElsewhereAsync)
+        taken = backend in (*names, *names.get("other", ()), *users)
+        assert isinstance(llm.get_model(backend), Elsewhere if taken else llm_autonomous.Autonomous)
+        assert isinstance(llm.get_async_model(backend), ElsewhereAsync if taken else llm_autonomous.AsyncAutonomous)
+        assert trylast or (backend in models[f"autonomous-{name}"].aliases) is not taken  # `llm models` shows them
         assert llm.get_model(f"autonomous-{backend}").model_id == f"autonomous-{name}"
-
-
-def test_a_bare_name_that_is_taken_is_not_registered(load_beside: Load) -> None:
-    """`llm models` does not show it as ours, and the other four stay."""
-    load_beside(another_plugin(False, {"other": ["hermes-3"]}))
-    models = registered()
-    assert models["autonomous-hermes"].aliases == ["autonomous-hermes-3"]
-    assert all(BACKENDS[name] in models[f"autonomous-{name}"].aliases for name in BACKENDS if name != "hermes")
-
-
-def test_an_alias_of_the_user_stays_the_users(load_beside: Load, user_path: Path) -> None:
-    """A bare name that `aliases.json` gives to a model of another plugin is not taken from it."""
-    (user_path / "aliases.json").write_text(json.dumps(dict.fromkeys(BARE, "other")))
-    load_beside(another_plugin(False, {"other": []}))
-    models = registered()
-    for name, backend in BACKENDS.items():
-        assert isinstance(llm.get_model(backend), Elsewhere)
-        assert backend not in models[f"autonomous-{name}"].aliases
 
 
 @pytest.mark.parametrize(
@@ -198,9 +170,9 @@ def test_an_alias_of_the_user_may_mean_another_of_ours(load: Load, user_path: Pa
 # What it costs
 
 
-def test_registering_opens_nothing_imports_nothing_and_cannot_raise() -> None:
+def test_registering_opens_nothing_imports_nothing_and_cannot_raise(broken_environment: None) -> None:
     """No file and no socket is touched, whatever the environment holds."""
-    script = """
+    script = """if True:
         import json, sys
         import llm, llm_autonomous
 
@@ -211,42 +183,33 @@ def test_registering_opens_nothing_imports_nothing_and_cannot_raise() -> None:
         noticed = [e for e in events if e[0].startswith(("open", "os.", "socket.", "import", "ssl", "subprocess."))]
         print(json.dumps([models, noticed]))
     """
-    assert python(script, **BROKEN_ENVIRONMENT) == [MODELS, []]
+    assert json.loads(run_python(script)) == [MODELS, []]
 
 
-def test_a_broken_environment_breaks_no_other_command() -> None:
-    """`llm models` works where a prompt could not."""
-    settings = {**environment("::no url::"), **BROKEN_ENVIRONMENT}
-    command = ["llm", "models", "list", "-q", "autonomous"]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
-    assert (done.stderr, done.returncode) == ("", 0)
-    assert [line.split()[1] for line in done.stdout.splitlines()] == MODELS
+def test_a_broken_environment_breaks_no_other_command(broken_environment: None) -> None:
+    """`llm models`, which finds the plugin by its entry point, has the five models where no prompt could be sent."""
+    listed = run("models", "list", "-q", "autonomous").splitlines()
+    assert [line.split()[1] for line in listed] == MODELS
 
 
 @pytest.mark.parametrize(
-    ("variable", "words"),
-    [
-        ("HTTPS_PROXY", "HTTPS_PROXY must be an http://, https://, socks5:// or socks5h:// URL"),
-        ("ALL_PROXY", "ALL_PROXY must be an http://, https://, socks5:// or socks5h:// URL"),
-        ("SSL_CERT_FILE", f"cannot load {__file__}, which SSL_CERT_FILE names: "),
-    ],
+    ("variable", "url"), [("HTTP_PROXY", NOWHERE), ("HTTPS_PROXY", "https://127.0.0.1:1"), ("ALL_PROXY", NOWHERE)]
 )
 def test_a_broken_environment_is_one_line_for_a_prompt(
-    ask: Ask, monkeypatch: pytest.MonkeyPatch, variable: str, words: str
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, variable: str, url: str
 ) -> None:
-    """What registering did not look at is an `AutonomousError` when it is needed, without the password in it."""
-    monkeypatch.setenv("AUTONOMOUS_BASE_URL", "https://127.0.0.1:1")
-    # A file that is there: httpx before 0.28 takes no notice of one that is not.
-    monkeypatch.setenv(variable, __file__ if variable == "SSL_CERT_FILE" else BROKEN_ENVIRONMENT[variable])
-    line = ask("hi").line
-    assert words in line
-    assert "hunter2" not in line
+    """What registering did not look at is an error when it is needed, without the password in it."""
+    monkeypatch.setenv("AUTONOMOUS_BASE_URL", url)
+    monkeypatch.setenv(variable, "http://me:hunter2@host:port")
+    assert ask("hi").line == f"{variable} must be an http://, https://, socks5:// or socks5h:// URL with a host"
 
 
-def test_loading_the_module_imports_no_http_client_and_nothing_beside_what_llm_has() -> None:
+def test_loading_the_module_imports_no_http_client_and_nothing_beside_what_llm_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """No third-party package of its own: what is new is the standard library's, or the module itself; and httpx,
     httpcore, ssl and asyncio wait for the first prompt, though `llm` itself may have loaded some."""
-    script = """
+    script = """if True:
         import json, sys
         import llm.cli
 
@@ -274,7 +237,8 @@ def test_loading_the_module_imports_no_http_client_and_nothing_beside_what_llm_h
         llm_autonomous.register_commands(llm.cli.cli)
         print(json.dumps([new, wanted, "llm_autonomous" in set(sys.modules) - before]))
     """
-    assert python(script) == [["llm_autonomous"], [], True]
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "")
+    assert json.loads(run_python(script)) == [["llm_autonomous"], [], True]
 
 
 # The package

@@ -15,18 +15,8 @@ import pytest
 from click.testing import CliRunner
 from conftest import NOWHERE, PNG, Ask, get_model
 from llm.cli import cli
-from llm.parts import (
-    AttachmentPart,
-    Message,
-    ReasoningPart,
-    TextPart,
-    ToolCallPart,
-    ToolResultPart,
-    assistant,
-    system,
-    user,
-)
-from loopback import BACKENDS, ENDPOINTS, Loopback
+from llm.parts import AttachmentPart, Message, ReasoningPart, TextPart, ToolCallPart, ToolResultPart, assistant, user
+from loopback import BACKENDS, ENDPOINTS
 from pydantic import ValidationError
 from pytest_httpx import HTTPXMock
 
@@ -180,6 +170,14 @@ AS_TEXT: dict[str, tuple[list[Any], str]] = {
     "a tool call without arguments": ([ToolCallPart("now", {})], "[called the tool now with {}]"),
     "a tool result": ([ToolResultPart("add", "3", "id1")], "[the tool add returned: 3]"),
     "a failed tool": ([ToolResultPart("add", "", exception="ValueError: no")], "[the tool add failed: ValueError: no]"),
+    "an empty result": (
+        [ToolResultPart("act", "\n")],
+        "[The tool act ran without an error and returned an empty result.]",
+    ),
+    "a failure without words": (
+        [ToolResultPart("act", "Error: ", exception="OSError: ")],
+        "[the tool act failed: OSError: no message was given]",
+    ),
     "what a tool attached": ([DREW], f"[the tool draw returned: done]\n{NOTE}"),
     "an image from bytes": ([TextPart("See"), picture(type="image/png", content=PNG)], f"See\n{NOTE}"),
     "an image from a path": ([picture(type="image/png", path="nowhere.png"), TextPart("See")], f"{NOTE}\nSee"),
@@ -191,19 +189,6 @@ AS_TEXT: dict[str, tuple[list[Any], str]] = {
 def test_a_text_model_gets_text_for_what_it_cannot_take(parts: list[Any], content: str) -> None:
     """Whatever a conversation holds, the content of a message is a string; nothing is read or fetched for it."""
     assert build_messages([message("user", *parts)], frozenset()) == [{"role": "user", "content": content}]
-
-
-def test_the_roles_are_those_of_the_protocol() -> None:
-    """What a tool returned comes from the user's side."""
-    chain = [system("s"), user("u"), assistant("a"), message("tool", ToolResultPart("t", "r")), message("other", "?")]
-    chain[-1].parts = [TextPart("o")]
-    assert build_messages(chain, frozenset()) == [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "u"},
-        {"role": "assistant", "content": "a"},
-        {"role": "user", "content": "[the tool t returned: r]"},
-        {"role": "user", "content": "o"},
-    ]
 
 
 @pytest.mark.parametrize("image_types", [frozenset(), IMAGE_TYPES])
@@ -236,14 +221,6 @@ def test_an_image_is_a_content_part_after_the_text(tmp_path: Path) -> None:
     }
 
 
-def test_an_image_that_a_tool_attached_is_shown_to_vision() -> None:
-    """The result is text, and its image a content part."""
-    assert build_messages([message("tool", DREW)], IMAGE_TYPES)[0]["content"] == [
-        {"type": "text", "text": "[the tool draw returned: done]"},
-        {"type": "image_url", "image_url": {"url": PNG_URL}},
-    ]
-
-
 def test_what_is_no_image_is_a_note_for_vision_too() -> None:
     """A conversation begun with another model may hold a PDF, from bytes or from a URL."""
     pdf = picture(type="application/pdf", content=b"%PDF-")
@@ -251,25 +228,6 @@ def test_what_is_no_image_is_a_note_for_vision_too() -> None:
     assert build_messages([message("user", *parts)], IMAGE_TYPES)[0]["content"] == (
         "Read\n[application/pdf attachment, not shown to this model]\n[audio/wav attachment, not shown to this model]"
     )
-
-
-@pytest.mark.parametrize("attachment", [{"type": "image/png"}, {}], ids=["typed", "untyped"])
-def test_an_image_that_is_gone_does_not_end_the_conversation(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, attachment: dict[str, str]
-) -> None:
-    """A file of an earlier turn that can no longer be read is a note to the model and a warning to the user."""
-    part = picture(path=str(tmp_path / "gone.png"), **attachment)
-    chain = [message("user", TextPart("See"), part), assistant("A cat."), user("Sure?")]
-    content = build_messages(chain, IMAGE_TYPES)[0]["content"]
-    assert content == f"See\n[{attachment.get('type', 'file')} attachment, not shown to this model]"
-    [record] = caplog.records
-    assert (record.levelname, "gone.png" in record.getMessage()) == ("WARNING", True)
-
-
-def test_an_image_by_url_is_not_fetched(ask: Ask, server: Loopback) -> None:
-    """A URL whose type is known is the service's to fetch: the one request is the prompt."""
-    ask("What?", "autonomous-vision", attachments=[llm.Attachment(type="image/png", url=f"{server.url}/cat.png")])
-    assert [request.method for request in server.requests] == ["POST"]
 
 
 # The empty prompt
@@ -297,7 +255,9 @@ def test_an_empty_prompt_is_an_error_before_anything_is_sent(
         pytest.param({"prompt": None, "fragments": ["a fragment"]}, user("a fragment"), id="a fragment alone"),
         pytest.param({"prompt": "0"}, user("0"), id="a short prompt"),
         pytest.param({"prompt": " \t\u2028"}, user(" \t\u2028"), id="blanks"),
-        pytest.param({"prompt": "", "system": "Be brief"}, system("Be brief"), id="a system prompt alone"),
+        pytest.param({"prompt": " \n", "system": "Be brief"}, user(" \n"), id="blanks and a system prompt"),
+        pytest.param({"prompt": " \n", "tools": [llm.Tool("look")]}, user(" \n"), id="blanks and a tool"),
+        pytest.param({"prompt": "", "system": "Be brief"}, message("system", TextPart("Be brief")), id="system alone"),
         pytest.param({"messages": [user("Count"), assistant("one,")]}, assistant("one,"), id="a begun answer"),
     ],
 )

@@ -384,8 +384,6 @@ To convert 125 euros to dollars, you can use the `convert_currency` tool. Here's
 This will return the equivalent amount in dollars.
 == asked
 <tool_response>{"weather": "sunny", "temperature": "20°C", "unit": "celsius"}</tool_response>
-== asked
-<tool_response>None</tool_response>
 == text
 ```json
 {
@@ -393,27 +391,7 @@ This will return the equivalent amount in dollars.
 }
 ```
 == asked
-<tool_response>
-{
-  "get_weather": {
-    "city": "Paris",
-    "unit": "celsius"
-  },
-  "get_weather": {
-    "city": "Rome",
-    "unit": "celsius"
-  }
-}
-</tool_response>
-== asked
-<tool_response>: {"result": "The light in the bedroom has been turned on and the thermostat has been set to 19 \
-degrees."}
-== asked
 <tool_response>{"name": "get_user", "arguments": {"user_id": 123}}
-== asked
-<tool_response>: 125 euros = 111.11 dollars
-== asked
-<tool_response>['src']</tool_response>
 == multiply, add
 {"name": "multiply", "arguments": {"a": 12, "b": 13}}
 {"name": "add", "arguments": {"a": 100, "b": {"name": "multiply", "arguments": {"a": 12, "b": 13}}}}
@@ -516,14 +494,6 @@ def test_nesting_of_any_depth_raises_nothing(tag: str, depth: int) -> None:
     parts, message, _ = read(f'{tag}{{"name": "add", "arguments": {nested}}}')
     assert [part[0] for part in parts] == (["add"] if depth == 100 else [])
     assert bool(message) == (depth > 100)
-
-
-@pytest.mark.parametrize("words", ["One ", "a < b ", "and {two} ", "[three] ", "`four` </b> ", "'five': \n\n"])
-def test_words_do_not_wait_for_what_follows(words: str) -> None:
-    """Where no call can begin, text is passed on as it arrives."""
-    parser = ToolCallParser(NAMES)
-    assert parser.feed([f"So, {words}"]) == [f"So, {words}"]
-    assert parser.feed(["Wait. ", NOW_TAG]) == ["Wait. "]
 
 
 # Bounds and cost

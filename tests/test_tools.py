@@ -9,32 +9,16 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import llm
 import pytest
-from conftest import (
-    NOW_TAG,
-    PNG,
-    Ask,
-    Chain,
-    Start,
-    cut,
-    finish,
-    invoke,
-    now,
-    output_until,
-    refuse,
-    run,
-    texts,
-)
+from conftest import NOW_TAG, PNG, Ask, Chain, Start, cut, finish, invoke, now, output_until, refuse, run, texts
 from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant, system, user
 from loopback import ENDPOINTS, Connection, Loopback, Request, delta, event, speak
 from proxies import until
 
-from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, EMPTY_RESULT, RESULT
+from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT
 
 ADD_TAG = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 BROKEN_TAG = '<tool_call>{"name": "now", "arguments": </tool_call>'
@@ -203,20 +187,21 @@ def give(what: Any) -> Any:
     return what
 
 
-def fail(words: str) -> str:
-    raise ValueError(words) if words else ValueError
+def fail(words: list[Any]) -> str:
+    raise ValueError(*words)
 
 
-EMPTY = EMPTY_RESULT.format(name="give")
+EMPTY = "The tool give ran without an error and returned an empty result."
+NO_WORDS = "The tool fail returned:\nError: ValueError: no message was given"
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "told"),
     [
         ("give", {"what": "Hi"}, "The tool give returned:\nHi"),
-        *(("give", {"what": nothing}, EMPTY) for nothing in ("", " \n", None)),
-        ("fail", {"words": "no luck"}, "The tool fail returned:\nError: no luck"),
-        ("fail", {"words": ""}, "The tool fail returned:\nError: ValueError: no message was given"),
+        *(("give", {"what": nothing}, EMPTY) for nothing in ("", " \n", "\u3000\xa0", None)),
+        ("fail", {"words": ["no luck"]}, "The tool fail returned:\nError: no luck"),
+        *(("fail", {"words": words}, NO_WORDS) for words in ([], [" \n"], [None])),
         ("nope", {}, 'The tool nope returned:\nError: tool "nope" does not exist'),
         ("add", {"a": "x"}, "The tool add returned:\nError: can only concatenate .*"),
         ("add", {}, "The tool add returned:\nError: .* missing 1 required .*"),
@@ -233,58 +218,23 @@ def test_model_is_told_what_came_of_a_call(
     assert re.fullmatch(f"{told}\n{AFTER_RESULTS}", server.last.messages[-1]["content"])
 
 
-def test_call_that_is_cancelled(chain: Chain, server: Loopback, record: Any) -> None:
-    """The model is given what `before_call` says, and the tool is not called."""
-
-    def before_call(tool: llm.Tool | None, call: llm.ToolCall) -> None:
-        raise llm.CancelToolCall("not today")
-
-    assert "not today" in chain('Call record with {"what": "it"}', tools=[record], before_call=before_call).text
-    assert results_in(server.last.messages[-1]) == [("record", "Cancelled: not today")]
-    assert record.calls == []
-
-
 class Notes(llm.Toolbox):
-    """A toolbox that keeps what it is given in a file, as llm-tools-sqlite keeps it in a database."""
+    """A toolbox that remembers what it is given."""
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.kept = 0
+    def __init__(self) -> None:
+        self.kept: list[str] = []
 
     def keep(self, what: str) -> str:
         """Keep something"""
-        self.kept += 1
-        with self.path.open("a") as file:
-            file.write(f"{what}\n")
-        return self.path.read_text()
+        self.kept.append(what)
+        return " and ".join(self.kept)
 
 
-def test_toolbox(tmp_path: Path, chain: Chain, server: Loopback) -> None:
+def test_toolbox(chain: Chain, server: Loopback) -> None:
     """The tools of a toolbox are called on one object, in all rounds."""
-    notes = Notes(str(tmp_path / "notes"))
     server.answers += [speak(), texts('<tool_call>{"name": "Notes_keep", "arguments": {"what": "two"}}</tool_call>')]
-    assert chain('Call Notes_keep with {"what": "one"}', tools=[notes]).text == "llama: Notes_keep said one\ntwo\n"
-    assert notes.kept == 2
+    assert chain('Call Notes_keep with {"what": "one"}', tools=[Notes()]).text == "llama: Notes_keep said one and two"
     assert [tool["description"] for tool in tools_in(server.requests[0].messages)] == ["Keep something"]
-
-
-def test_toolbox_of_another_plugin_keeps_its_state_over_prompts(tmp_path: Path, server: Loopback) -> None:
-    """`llm -T 'Notes(...)'`, and then `-c` with the same toolbox."""
-
-    class Plugin:
-        @llm.hookimpl
-        def register_tools(self, register: Callable[..., None]) -> None:
-            register(Notes)
-
-    toolbox, plugin = f"Notes({json.dumps(str(tmp_path / 'notes'))})", Plugin()
-    llm.plugins.pm.register(plugin)
-    try:
-        run("-m", "autonomous-hermes", "-T", toolbox, 'Call Notes_keep with {"what": "one"}')
-        shown = run("-c", "-T", toolbox, 'Call Notes_keep with {"what": "two"}')
-    finally:
-        llm.plugins.pm.unregister(plugin)
-    assert shown == "hermes: Notes_keep said one\ntwo\n\n"
-    assert [message["role"] for message in server.last.messages].count("assistant") == 3
 
 
 def test_api_server_passes_on_tools_that_its_client_runs(server: Loopback) -> None:
@@ -321,17 +271,6 @@ def test_bare_json_is_called_and_answered_json_is_not(chain: Chain, server: Loop
     assert chained.text == '{"name": "noon", "age": 12}'
 
 
-def test_answer_that_describes_the_tools_calls_none(chain: Chain, server: Loopback, record: Any) -> None:
-    """The tools as the model was given them are text to the last character."""
-    tool = llm.Tool.function(record)
-    described = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-    answer = f"```json\n{json.dumps(described)}\n```\nThat is all."
-    server.answers += [texts(*answer)]
-    chained = chain(tools=[record, now])
-    assert (chained.text, chained.calls, record.calls) == (answer, [[]], [])
-    assert len(server.requests) == 1
-
-
 @pytest.mark.parametrize("text", [f"Write {NOW_TAG} for it.", '{"name": "now", "arguments": {}}', "<tool_call>{"])
 def test_answer_to_a_prompt_without_tools_is_text(text: str, ask: Ask, server: Loopback) -> None:
     """Whatever it says of calls is shown as it is."""
@@ -342,27 +281,20 @@ def test_answer_to_a_prompt_without_tools_is_text(text: str, ask: Ask, server: L
     assert len(server.requests) == 1
 
 
-def test_made_up_result_is_neither_shown_nor_kept(chain: Chain, server: Loopback) -> None:
-    """The reply ends with its calls: the model is given the real result."""
-    made_up = '\n<tool_response>\n{"name": "now", "content": "midnight"}\n</tool_response>\nIt is midnight.'
-    server.answers += [texts("Wait. ", *NOW_TAG, *made_up)]
-    chained = chain(tools=[now])
-    assert chained.text == "Wait. llama: now said noon"
-    assert chained.calls == [[("now", {})], []]
-    assert "midnight" not in json.dumps(server.last.messages)
-    assert "midnight" not in repr(chained.messages)
-
-
-def test_made_up_result_without_an_end_is_not_waited_for(chain: Chain, server: Loopback) -> None:
-    """A model that writes on for ever after a made-up result does not keep the prompt."""
+def test_made_up_result_is_neither_shown_nor_kept_nor_waited_for(chain: Chain, server: Loopback) -> None:
+    """The reply ends with its calls, though the model writes on for ever: it is given the real result."""
 
     async def answer(request: Request, connection: Connection) -> None:
         await connection.head()
-        await connection.send(event(delta(NOW_TAG)) + event(delta("\n<tool_resp")) + event(delta("onse>\n{")))
-        await connection.drip(event(delta("and so on ")))
+        for piece in ("Wait. ", *NOW_TAG, "\n<tool_resp", "onse>\nmidnight"):
+            await connection.send(event(delta(piece)))
+        await connection.drip(event(delta(" It is midnight.")))
 
     server.answers += [answer]
-    assert chain(tools=[now]).text == "llama: now said noon"
+    chained = chain(tools=[now])
+    assert chained.text == "Wait. llama: now said noon"
+    assert chained.calls == [[("now", {})], []]
+    assert "midnight" not in json.dumps(server.last.messages) + repr(chained.messages)
     assert until(lambda: not server.open - {2})
 
 
@@ -494,26 +426,24 @@ def test_empty_reply_before_any_result_is_an_error(chain: Chain, server: Loopbac
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("refusals", [1, 2])
-def test_broken_call_counts_as_an_attempt(refusals: int, chain: Chain, server: Loopback, sleeps: list[float]) -> None:
-    """After a 503 there is one more attempt, after two there is none."""
-    server.answers += [*[refuse] * refusals, texts(BROKEN_TAG), texts("Noon.")]
+BROKEN = texts(BROKEN_TAG)
+
+
+@pytest.mark.parametrize("answers", [[refuse, BROKEN], [BROKEN, refuse], [refuse, refuse, BROKEN]], ids=len)
+def test_broken_call_counts_as_an_attempt(
+    answers: list[Any], chain: Chain, server: Loopback, sleeps: list[float]
+) -> None:
+    """There are three in all. After a 503 the same is sent again, also if that was the correction."""
+    server.answers += [*answers, texts("Noon.")]
     chained = chain(tools=[now])
-    if refusals == 1:
+    if len(answers) == 2:
         assert chained.text == "Noon."
     else:
         assert "tool call cannot be read" in str(chained.error)
         assert str(chained.error).endswith("(3 attempts)")
-    assert len(server.requests) == 3
-    assert len(sleeps) == refusals
-
-
-def test_503_after_a_broken_call(chain: Chain, server: Loopback, sleeps: list[float]) -> None:
-    """The correction is what is sent again."""
-    server.answers += [texts(BROKEN_TAG), refuse, texts("Noon.")]
-    assert chain(tools=[now]).text == "Noon."
-    assert server.requests[1].body == server.requests[2].body != server.requests[0].body
-    assert len(sleeps) == 1
+    first, second, third = (request.body for request in server.requests)
+    assert [first == second, second == third] == [answer is refuse for answer in answers[:2]]
+    assert len(sleeps) == answers.count(refuse)
 
 
 def test_broken_call_after_a_good_one(chain: Chain, server: Loopback, record: Any) -> None:
@@ -527,31 +457,31 @@ def test_broken_call_after_a_good_one(chain: Chain, server: Loopback, record: An
     assert server.requests[2].messages[2]["content"].count("<tool_call>") == 2
 
 
+def usage(tokens: int | None, **details: int | None) -> dict[str, Any]:
+    """Usage, with these details of the tokens of the prompt."""
+    given = {"prompt_tokens_details": details} if details else {"completion_tokens_details": None}
+    return {"prompt_tokens": 10, "completion_tokens": tokens, **given}
+
+
 @pytest.mark.parametrize(
-    ("first", "second", "total"),
+    ("first", "second", "total", "details"),
     [
-        ({"prompt_tokens": 10, "completion_tokens": 5}, {"prompt_tokens": 20, "completion_tokens": 7}, (30, 12)),
-        ({"prompt_tokens": 10, "completion_tokens": 5}, None, (10, 5)),
-        (None, {"prompt_tokens": 20}, (20, None)),
+        (usage(5), usage(7), (20, 12), None),
+        (None, usage(None), (10, None), None),
+        (usage(5, cached_tokens=3, audio_tokens=0), None, (10, 5), {"cached_tokens": 3}),
+        (usage(5, cached_tokens=3), usage(7), (20, 12), {"cached_tokens": 3}),
+        (usage(5, a=1, b=5, c=None), usage(7, a=2, c=4), (20, 12), {"a": 3, "b": 5, "c": 4}),
     ],
 )
 def test_usage_is_that_of_both_answers(
-    first: dict[str, int] | None, second: dict[str, int] | None, total: tuple[int, int], ask: Ask, server: Loopback
+    first: Any, second: Any, total: tuple[int, int], details: dict[str, int] | None, ask: Ask, server: Loopback
 ) -> None:
-    """The tokens of an answer that was no good were used as well."""
+    """The tokens of an answer that was no good were used too. `llm logs --usage` shows details that are not zero."""
     server.answers += [texts(BROKEN_TAG, usage=first), texts("Noon.", usage=second)]
     answer = ask(tools=[llm.Tool.function(now)])
     assert answer.text == "Noon."
     assert (answer.response.input_tokens, answer.response.output_tokens) == total
-
-
-def test_details_of_the_usage_are_kept(ask: Ask, server: Loopback) -> None:
-    """`llm logs --usage` shows them, such as the tokens that were cached, and leaves out what is zero."""
-    details = {"prompt_tokens_details": {"cached_tokens": 3, "audio_tokens": 0}, "completion_tokens_details": None}
-    server.answers += [texts("Noon.", usage={"prompt_tokens": 10, "completion_tokens": 5, **details})]
-    assert ask().response.token_details == {"prompt_tokens_details": {"cached_tokens": 3}}
-    server.answers += [texts("Noon.", usage={"prompt_tokens": 10, "completion_tokens": 5})]
-    assert ask().response.token_details is None
+    assert answer.response.token_details == ({"prompt_tokens_details": details} if details else None)
 
 
 # The command line
@@ -629,15 +559,6 @@ def test_broken_call_on_the_command_line(server: Loopback) -> None:
     [line] = stderr.splitlines()
     assert line.startswith(f"Error: 127.0.0.1:{server.port}: the model's tool call cannot be read")
     assert json.loads(run("logs", "--json")) == []
-
-
-def test_models_list_tools_and_schemas(server: Loopback) -> None:
-    """`llm models` finds the five by either feature, and names both."""
-    for feature in ("--tools", "--schemas"):
-        listed = run("models", feature, "-q", "autonomous").splitlines()
-        assert len(listed) == len(ENDPOINTS)
-    described = run("models", "--options", "-q", "autonomous-")
-    assert described.count("- tools") == described.count("- schemas") == len(ENDPOINTS)
 
 
 @pytest.mark.parametrize("kind", [[], ["--async"]], ids=["sync", "async"])

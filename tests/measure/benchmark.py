@@ -193,12 +193,8 @@ SCENARIOS = (f"each-{EVENTS}", f"coalesced-{EVENTS}", "each-20", "pauses", "thin
 
 def openai_models(url: str) -> str:
     """The file that makes `llm`'s OpenAI plugin talk to the server (YAML, of which JSON is a part)."""
-    return json.dumps(
-        [
-            {"model_id": f"openai-{scenario}", "model_name": "benchmark", "api_base": f"{url}/{scenario}/v1"}
-            for scenario in SCENARIOS
-        ]
-    )
+    models = [{"model_id": f"openai-{name}", "api_base": f"{url}/{name}/v1"} for name in SCENARIOS]
+    return json.dumps([{**model, "model_name": "benchmark"} for model in models])
 
 
 # The measure
@@ -216,13 +212,13 @@ def timed(work: Callable[[], object]) -> Seconds:
     return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def compete(competitors: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[str, list[Seconds]]:
+def compete(competitors: Mapping[str, Any], measure: Callable[[Any], Seconds], rounds: int) -> dict[str, list[Seconds]]:
     """What each measured in each round; they take turns, in an order that turns round as well."""
     results: dict[str, list[Seconds]] = {name: [] for name in competitors}
     order = list(competitors)
     for _ in range(rounds):
         for name in order:
-            results[name].append(competitors[name]())
+            results[name].append(measure(competitors[name]))
         order.reverse()
     return results
 
@@ -303,17 +299,15 @@ class Benchmark:
     def __init__(self, port: int, quick: bool) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.quick = quick
-        self.least = least_plugin(self.url)
-        self.ours = Plugin(self.url, openai=False)
-        self.openai = Plugin(self.url, openai=True)
+        self.ours, self.openai = Plugin(self.url, openai=False), Plugin(self.url, openai=True)
+        self.clients = {"ours": self.ours, "the least plugin": least_plugin(self.url), "OpenAI plugin": self.openai}
 
     def rounds(self, full: int, quick: int) -> int:
         return quick if self.quick else full
 
     def chunks(self) -> Iterator[Row]:
         framings = {"each": "one HTTP chunk for each", "coalesced": f"in HTTP chunks of {PROXY_BUFFER // 1024} KB"}
-        clients: dict[str, Any] = {"ours": self.ours, "the least plugin": self.least, "OpenAI plugin": self.openai}
-        clients |= {"with tools": WithTools(self.url, openai=False)}
+        clients = {**self.clients, "with tools": WithTools(self.url, openai=False)}
         for framing, words in framings.items():
 
             def read(client: Any, scenario: str = f"{framing}-{EVENTS}") -> Seconds:
@@ -323,7 +317,7 @@ class Benchmark:
                 return seconds
 
             read(self.ours), read(self.openai)  # imports and connections
-            results = compete({name: functools.partial(read, clients[name]) for name in clients}, self.rounds(15, 3))
+            results = compete(clients, read, self.rounds(15, 3))
             figure = f"a streamed chunk, of {EVENTS:,}, {words}"
             yield less(figure, results, "the least plugin", EVENTS)
             yield less(figure, results, "OpenAI plugin", EVENTS)
@@ -335,11 +329,7 @@ class Benchmark:
         plugins = {"ours": self.ours, "OpenAI plugin": self.openai}
         for plugin in plugins.values():
             plugin.converse("each-20")
-        converse = {
-            name: functools.partial(timed, functools.partial(plugin.converse, "each-20"))
-            for name, plugin in plugins.items()
-        }
-        results = compete(converse, self.rounds(15, 3))
+        results = compete(plugins, lambda plugin: timed(lambda: plugin.converse("each-20")), self.rounds(15, 3))
         yield less(f"a turn of a conversation of {TURNS}", results, "OpenAI plugin", TURNS)
 
     def first_text(self) -> Iterator[Row]:
@@ -352,8 +342,7 @@ class Benchmark:
             assert "".join(deltas) == 4 * WORD
             return seconds
 
-        clients = {"ours": self.ours, "the least plugin": self.least, "OpenAI plugin": self.openai}
-        results = compete({name: functools.partial(read, clients[name]) for name in clients}, self.rounds(60, 10))
+        results = compete(self.clients, read, self.rounds(60, 10))
         figure, ours = "the first text of a reply with pauses, wall time", shown(middle(results["ours"]).wall)
         for other in ("the least plugin", "OpenAI plugin"):
             later = median(a.wall - b.wall for a, b in zip(results["ours"], results[other], strict=True))
@@ -367,13 +356,9 @@ class Benchmark:
             def run(name: str, command: str = command, parts: dict[str, list[Seconds]] = parts) -> Seconds:
                 environment = {**os.environ, "LLM_LOAD_PLUGINS": "llm-autonomous" if name == "with" else ""}
                 start = time.perf_counter()
-                process = subprocess.Popen(
-                    [sys.executable, "-c", START, command],
-                    env=environment,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                )
-                with process:
+                start_llm = [sys.executable, "-c", START, command]
+                pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+                with subprocess.Popen(start_llm, env=environment, **pipes) as process:
                     assert process.stderr is not None
                     parts[name].append(Seconds(*json.loads(process.stderr.read())))
                     _, status, usage = os.wait4(process.pid, 0)
@@ -382,7 +367,7 @@ class Benchmark:
 
             run("with"), run("without")  # makes the bytecode
             parts.update({"with": [], "without": []})
-            wholes = compete({name: functools.partial(run, name) for name in parts}, self.rounds(40, 5))
+            wholes = compete({name: name for name in parts}, run, self.rounds(40, 5))
             for words, results in (("from the loading of plugins on", parts), ("whole process", wholes)):
                 pairs = list(zip(results["with"], results["without"], strict=True))
                 cpu, wall = (
@@ -391,8 +376,8 @@ class Benchmark:
                 others, more = f"without plugins: {both(results['without'])}", f"{shown(cpu)} ({shown(wall)}) more"
                 yield Row(f"`llm {command}`, {words}", both(results["with"]), others, more)
 
-        command_line = [sys.executable, "-c", IMPORT]
-        outputs = [subprocess.check_output(command_line, text=True).split() for _ in range(self.rounds(20, 5))]
+        load = [sys.executable, "-c", IMPORT]
+        outputs = [subprocess.check_output(load, text=True).split() for _ in range(self.rounds(20, 5))]
         seconds, heavy = median(float(output[0]) for output in outputs), outputs[0][1:]
         loaded = f"loads {', '.join(heavy)}" if heavy else "nothing heavy loaded"
         yield Row("`import llm_autonomous` after `import llm`", shown(seconds), "", loaded)
@@ -404,15 +389,14 @@ class Benchmark:
 
         import llm_autonomous
 
-        def read(scenario: str) -> Seconds:
-            return timed(lambda: list(self.ours.deltas(scenario)))
+        def grow(sizes: Mapping[str, Any], work: Callable[[Any], Callable[[], object]]) -> dict[str, list[Seconds]]:
+            """How long ``work(size)()`` takes, made ready beforehand."""
+            return compete({name: work(size) for name, size in sizes.items()}, timed, self.rounds(15, 3))
 
         for framing, words in (("each", "one HTTP chunk for each"), ("coalesced", "in 8 KB")):
-            counts = (EVENTS // 10, EVENTS)
-            chunks = {f"{count:,}": functools.partial(read, f"{framing}-{count}") for count in counts}
-            few, many = chunks
-            results = compete(chunks, self.rounds(15, 3))
-            yield growth(f"growth: chunks, {words}", results, few, many, 10, "chunks")
+            counts = {f"{count:,}": f"{framing}-{count}" for count in (EVENTS // 10, EVENTS)}
+            results = grow(counts, lambda scenario: lambda: list(self.ours.deltas(scenario)))
+            yield growth(f"growth: chunks, {words}", results, *counts, 10, "chunks")
 
         def history(count: int) -> Callable[[], object]:
             messages = [
@@ -421,10 +405,8 @@ class Benchmark:
             ]
             return lambda: self.ours.model("each-20").prompt(messages=messages).text()
 
-        turns = {f"{count:,}": functools.partial(timed, history(count)) for count in (200, 2_000)}
-        short, long = turns
-        results = compete(turns, self.rounds(15, 3))
-        yield growth("growth: messages of a history", results, short, long, 10, "messages")
+        results = grow({"200": 200, "2,000": 2_000}, history)
+        yield growth("growth: messages of a history", results, "200", "2,000", 10, "messages")
 
         def decode(size: int) -> Callable[[], object]:
             frame = event(delta("\0")).replace(b"\\u0000", b"%s")
@@ -438,15 +420,12 @@ class Benchmark:
             return work
 
         sizes = (1 << 20, 4 << 20, llm_autonomous.MAX_EVENT_BYTES)
-        events = {f"{size >> 20} MB": functools.partial(timed, decode(size)) for size in sizes}
-        results = compete(events, self.rounds(15, 3))
-        one, four, sixteen = events
+        one, four, sixteen = events = {f"{size >> 20} MB": size for size in sizes}
+        results = grow(events, decode)
         yield growth("growth: one event in pieces of 1 KB", results, one, four, 4, "bytes")
         yield growth("growth: one event in pieces of 1 KB", results, four, sixteen, 4, "bytes")
 
-        def parse(begin: str, text: str, size: int) -> Callable[[], None]:
-            answer = begin + text * (size // len(text))
-
+        def parse(answer: str) -> Callable[[], None]:
             def work() -> None:
                 parser = llm_autonomous.ToolCallParser({"add"})
                 for start in range(0, len(answer), 1024):
@@ -456,9 +435,9 @@ class Benchmark:
             return work
 
         for begin, text in (("", "<"), ("", "{"), ("<tool_call>", "{"), ("", "<tool_call>"), ("<tool_call>{", '"<",')):
-            work = {f"{size} MB": functools.partial(timed, parse(begin, text, size << 20)) for size in (1, 4)}
-            results = compete(work, self.rounds(15, 3))
-            yield growth(f"growth: an answer to tools, of `{begin}{text}{text}…`", results, *work, 4, "characters")
+            answers = {f"{size} MB": begin + text * ((size << 20) // len(text)) for size in (1, 4)}
+            results = grow(answers, parse)
+            yield growth(f"growth: an answer to tools, of `{begin}{text}{text}…`", results, *answers, 4, "characters")
 
     def at_once(self) -> Iterator[Row]:
         count = AT_ONCE // 5 if self.quick else AT_ONCE
@@ -471,7 +450,7 @@ class Benchmark:
             failures[name] += failed
             return Seconds(cpu, wall)
 
-        results = compete({name: functools.partial(run, name) for name in failures}, self.rounds(3, 1))
+        results = compete({name: name for name in failures}, run, self.rounds(3, 1))
         times = ratio(results, "OpenAI plugin", "ours", "wall")
         others = f"OpenAI plugin: {both(results['OpenAI plugin'])}"
         result = f"{times:.1f} times faster" + "".join(f"; {name}: {n} failed" for name, n in failures.items() if n)
@@ -500,14 +479,10 @@ def machine() -> str:
 
 def write_page(heading: str, rows: list[Row]) -> None:
     """Put the rows of `SPEED_ROWS` between the two comments in tests/README.md that mark their place."""
-    chosen = [
-        str(row)
-        for figure, other in SPEED_ROWS
-        for row in rows
-        if figure in row.figure and row.others.startswith(other)
-    ]
-    table = "\n".join([heading, "", "| figure | this plugin | instead | result |", "|---|---|---|---|", *chosen])
-    PAGE.write_text(SPEED_TABLE.sub(lambda _: f"{table}\n", PAGE.read_text()))
+    table = [heading, "", "| figure | this plugin | instead | result |", "|---|---|---|---|"]
+    for figure, other in SPEED_ROWS:
+        table += [str(row) for row in rows if figure in row.figure and row.others.startswith(other)]
+    PAGE.write_text(SPEED_TABLE.sub(lambda _: "\n".join([*table, ""]), PAGE.read_text()))
 
 
 def main() -> None:
@@ -547,10 +522,8 @@ def compare(quick: bool, only: str | None, readme: bool) -> None:
             os.environ["PYTHONPYCACHEPREFIX"] = user_path
             benchmark = Benchmark(port, quick)
             heading, rows = f"{machine()} CPU time, and wall time in brackets; medians.", []
-            print(f"{heading}\n")
-            print("| figure | ours | others | result |\n|---|---|---|---|")
-            figures = ("chunks", "turns", "first_text", "start", "growth", "at_once")
-            for figure in [only] if only else figures:
+            print(f"{heading}\n\n| figure | ours | others | result |\n|---|---|---|---|")
+            for figure in [only] if only else ("chunks", "turns", "first_text", "start", "growth", "at_once"):
                 for row in getattr(benchmark, figure)():
                     print(row, flush=True)
                     rows.append(row)

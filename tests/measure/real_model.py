@@ -249,14 +249,8 @@ def fingerprint(options: argparse.Namespace) -> str:
     """What the outcomes depend on, besides the tasks: a task is run again if this has changed."""
     files = [options.words] if options.words else []
     files += [] if options.baseline else [llm_autonomous.__file__]
-    settings = [
-        options.baseline,
-        options.model,
-        options.service_model,
-        options.max_tokens,
-        options.whole,
-        options.cache,
-    ]
+    names = ("baseline", "model", "service_model", "max_tokens", "whole", "cache")
+    settings = [getattr(options, name) for name in names]
     return hashlib.sha256(repr((settings, [Path(file).read_text() for file in files])).encode()).hexdigest()[:12]
 
 
