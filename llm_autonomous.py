@@ -42,8 +42,7 @@ from llm.utils import simplify_usage_dict
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 if TYPE_CHECKING:
-    # These are imported where they are used. Every `llm` command loads this plugin, and `llm --help` should not have
-    # to wait for an HTTP client.
+    # These are imported where they are used: every `llm` command loads this plugin, and some need no HTTP client.
     import asyncio
     import ssl
 
@@ -356,6 +355,8 @@ def image_url(attachment: llm.Attachment, new: bool) -> str | None:
     link = None if attachment.content else attachment.url
     try:
         encoded = None if link else attachment.base64_content()
+        if encoded == "":
+            raise ValueError("it is empty")
         kind = (attachment.type if link else attachment.resolve_type()) or ""
     except (OSError, TypeError, ValueError) as error:
         if new:
@@ -401,10 +402,8 @@ def endpoint_url(endpoint: str) -> httpx.URL:
     """Where to send a prompt: ``/api/v1/ai/<endpoint>`` at the service, or at ``AUTONOMOUS_BASE_URL``."""
     url = parse_url(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL, ("http", "https"))
     if not url or b"?" in url.raw_path or url.fragment or url.userinfo:
-        raise AutonomousError(
-            f"{BASE_URL_VARIABLE} must be an http:// or https:// URL with a host and without a password, such as "
-            "http://127.0.0.1:8000"
-        )
+        wanted = "an http:// or https:// URL with a host and without a password, such as http://127.0.0.1:8000"
+        raise AutonomousError(f"{BASE_URL_VARIABLE} must be {wanted}")
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
 
 
@@ -441,11 +440,10 @@ class Framing:
     Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
     as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
     value spread over many lines. The data of an event or a field named ``error`` comes out as ``{"error": data}``, and
-    a line that is none of these as a string.
+    words that are none of these as a string.
 
     `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
-    still returned. The result does not depend on how the bytes were cut, the cost is O(n), and at most
-    `MAX_EVENT_BYTES` are held between calls.
+    still returned. How the bytes were cut changes nothing, the cost is O(n), and `MAX_EVENT_BYTES` limits what is held.
     """
 
     def __init__(self) -> None:
@@ -543,9 +541,12 @@ class Framing:
             return
         if rest.startswith("<"):
             raise AutonomousError(page_words(rest), outage=True)
-        if rest and not cut:
+        if cut:
+            self.cut_off = rest
+        elif rest.startswith(("{", "[", '"')):
             raise not_understood(rest)
-        self.cut_off = rest
+        elif rest:
+            self._values.append(Words(rest))
 
     def _read_values(self, data: bytes | bytearray) -> str:
         """Read as many JSON values as there are, and return the rest: the beginning of one that is not complete."""
@@ -568,7 +569,7 @@ class Framing:
 
 
 class Words(str):
-    """A line of a reply that is neither a field of an event stream nor JSON."""
+    """What a reply says in neither a field of an event stream nor JSON."""
 
 
 # Unlike JSON's own rules, this admits line breaks and other control characters within strings.
@@ -639,8 +640,8 @@ class Completion:
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
         begun = self._in_deltas or self.whole  # some text has come, or the end
-        if begun and isinstance(chunk, str) and (isinstance(chunk, Words) or mentions_error(chunk)):
-            # These are the last words of a server or a proxy that died.
+        died = isinstance(chunk, str) and (mentions_error(chunk) or (isinstance(chunk, Words) and not self.whole))
+        if begun and died:  # these are the last words of a server or a proxy
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
         # What is neither an object nor a list of choices counts as an unknown field, see filled().
         fields, is_chunk = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
@@ -673,8 +674,7 @@ class Completion:
         # Beside a finish reason, a choice says more about the end, such as a stop_reason.
         unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
         if not unknown and holds_more(fields, CHUNK_FIELDS):
-            # An unknown field beside a choice or the usage, or before any text, is about the request, unless it
-            # mentions an error.
+            # An unknown field beside a choice or usage, or before any text, is about the request, if it is no error.
             about_request = is_chunk and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
             unknown = not about_request or mentions_error(chunk)
         return not unknown
@@ -722,7 +722,7 @@ def plain_text(value: Any) -> str:
 def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
     """The text in the first of these fields that is filled, the reasoning in it, and whether it holds more than that.
 
-    It may be a string, or a list of OpenAI's content parts. Mistral puts reasoning into parts of its own.
+    It may be a string, a number (Cloudflare sends digits so), or content parts, which Mistral uses for reasoning too.
     """
     content: Any = next((fields[name] for name in names if name in fields), [])
     text, thought, more = "", "", False
@@ -731,8 +731,8 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
         if "thinking" in held:
             inner, _, odd = text_of(held, "thinking")
             thought, more = thought + inner, more or odd
-        elif isinstance(held.get("text"), str):
-            text += held["text"]
+        elif isinstance(said := held.get("text"), (str, int, float)):
+            text += said if isinstance(said, str) else json.dumps(said)
         else:
             more = more or "text" in held or holds_more(held, {"type"})
     return text, thought, more
@@ -741,7 +741,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 def filled(value: Any) -> dict[str, Any]:
     """The fields of an object that hold something. A value of another kind counts as a field that nobody knows."""
     fields = value if isinstance(value, dict) else {"": value and [value]}
-    return {key: inner for key, inner in fields.items() if inner}
+    return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
 
 def holds_more(fields: dict[str, Any], known: set[str]) -> bool:
@@ -795,8 +795,7 @@ class Thinking:
         return [*thought, text] if text else thought
 
 
-# Reasoning in tags, even without an end. Like all patterns here, it is a string: `re` compiles them when they are first
-# used, and `llm --help` never uses them.
+# Reasoning in tags, even without an end. Like all patterns here, it is a string, which `re` compiles when it is used.
 THOUGHT = rf"(?s:<(?P<tag>{'|'.join(THINKING_TAGS)})>(?P<thought>.*?)(?P<closing></(?P=tag)>|\Z))"
 
 
@@ -813,8 +812,7 @@ class ToolCallParser:
 
     Where a call may begin, up to `MAX_HELD` characters are held until that is clear. Once one seems to begin, all that
     follows is held until the end, because the model may have to write all calls again. `feed` never raises: the problem
-    is left in `error`, with a correction for the model. The result does not depend on how the text was cut, and the
-    cost is O(n).
+    is left in `error`, with a correction for the model. The cost is O(n), however the text was cut.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -892,8 +890,7 @@ class ToolCallParser:
             if pieces and text.startswith(RESULT_TAG, place):
                 self.finished, text = True, text[:place]
                 break
-            wrapping = self._wrapping(text, place, next_call)
-            if not wrapping:
+            if not (wrapping := self._wrapping(text, place, next_call)):
                 place += 1
                 continue
             begin = place + wrapping.end()
@@ -951,7 +948,7 @@ WRAPPING = (
     r"\s{0,99}){0,3}"
 )
 # What models leave after a call: brackets and closing tags.
-CLOSING = r"([\s;,]*([}\]]|</[\w-]*>?|<\|(?!python_tag)\w*\|?>?))*"
+CLOSING = r"([\s;,]*([}\]]|</[\w-]*>?|<\|/?(?!python_tag)\w*\|?>?))*"
 CLOSING_FENCE = r"(\s*```)?"
 CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
 JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
@@ -1047,8 +1044,8 @@ def matching_json(text: str, validator: Any) -> str:
     """The last JSON value in an answer that matches the schema. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
-    mismatch, copied = "", False
-    for value, written in [*find_json(text)][::-1]:
+    mismatch, copied, values = "", False, [*find_json(text)]
+    for value, written in values[::-1]:
         try:
             # If the schema wants an object whose one required field is a list, models may write the list alone.
             required = validator.schema.get("required", [])
@@ -1058,12 +1055,14 @@ def matching_json(text: str, validator: Any) -> str:
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
             raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
         if error is None:
+            if sum(validator.is_valid(other) for other, _ in values) > 1:
+                warn("the answer holds several values that match the schema; only the last is kept")
             return with_escapes(written)
         if isinstance(value, dict) and {"type", "properties"} <= value.keys():
             copied = True
         elif not mismatch:  # the last value is the one that was most likely meant
-            # jsonschema's own message shows values as Python writes them, which a model would copy.
-            # A schema that is just `false` has no validator.
+            # jsonschema's own message shows values as Python writes them, which a model would copy. It has no
+            # validator if the schema is just `false`.
             wanted = as_json({error.validator: error.validator_value} if error.validator else False)
             mismatch = quoted(f"at {error.json_path}, the schema has {wanted}")
     problem = mismatch or ("it repeats the schema, without values" if copied else "it holds no JSON")
@@ -1088,6 +1087,11 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             yield value, text[start:end]
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
+
+
+def warn(message: str, *values: object) -> None:
+    """Log a warning. If no logging is set up, it goes to the terminal, where the answer may not have ended its line."""
+    logger.warning(("" if logger.hasHandlers() else "\nWarning: ") + message, *values)
 
 
 def replace_surrogates(text: str) -> str:
@@ -1115,8 +1119,7 @@ def shallow(value: Any, depth: int = 3) -> Any:
 class AutonomousError(llm.ModelError, click.ClickException):
     """One line on why a prompt failed: who says so, what happened, and what to do about it.
 
-    `llm` and `llm chat` show that line and nothing else, because this is both a `llm.ModelError` and a
-    `click.ClickException`.
+    `llm` and `llm chat` show that line and nothing else, because this is also a `click.ClickException`.
     """
 
     def __init__(
@@ -1200,10 +1203,9 @@ def error_words(body: object) -> str:
 
 
 def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
-    """The error that an object reports.
+    """The error that an object reports: ``error``, ``errors``, or a message beside a code that is no success.
 
-    It is in ``error`` or ``errors``, or it is a message beside a code that does not stand for success, or without a
-    code if ``message_suffices``.
+    A message without any code is one if ``message_suffices``.
     """
     messages = [fields[key] for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list))]
     message = any(map(is_error_value, messages))
@@ -1312,8 +1314,7 @@ CERTIFICATE_ADVICE[10] = ". Only the owner of the server can renew it"
 def root_cause(error: BaseException) -> BaseException:
     """The innermost exception, as only that one says "Connection refused".
 
-    httpcore passes it on as the first argument of its own exception, and anyio as one of a group, in which each address
-    of the host has one.
+    httpcore passes it on as the first argument of its own, and anyio in a group with one for each address of the host.
     """
     inner = getattr(error, "exceptions", error.args)
     cause = error.__cause__ or (inner[0] if inner else None)
@@ -1367,8 +1368,11 @@ class Exchange:
         if self.tools:  # a model that knows the schema before it has the results makes them up
             instructions = tool_instructions(self.tools)
             after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
-        images = bool(self.model.service.attachment_types)
-        messages = build_messages(prompt.messages, images, bool(self.tools), instructions, after_results)
+        images, given = bool(self.model.service.attachment_types), prompt.messages
+        system = llm.Message(role="system", parts=[TextPart(prompt.system or "")])
+        if conversation and prompt.system and system not in given:  # `llm` sends only that of the first turn
+            given = [system, *(message for message in given if message.role != "system")]
+        messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # Our own instructions ask for nothing. In a conversation, an assistant's message at the end is the previous
         # answer, and the user has asked nothing new. Elsewhere, the caller has begun the answer for the model.
         roles = [message["role"] for message in messages if message["content"] != instructions]
@@ -1410,14 +1414,13 @@ class Exchange:
             sent, received = (int(count) if isinstance(count, (int, float)) else None for count in counts)
             self.response.set_usage(input=sent, output=received, details=simplify_usage_dict(details) or None)
         if completion.not_understood is not None:
-            excerpt = quoted(as_json(completion.not_understood))
-            logger.warning("part of the reply was not understood; it begins: %s", excerpt)
+            warn("part of the reply was not understood; it begins: %s", quoted(as_json(completion.not_understood)))
         reason = completion.finish_reason
         if reason and not re.search(USUAL_FINISH_REASON, reason):
             limit = ": it reached the model's limit" if re.search(LIMIT_REASON, reason) else ""
-            logger.warning("the answer may be cut short%s (finish reason: %s)", limit, reason)
+            warn("the answer may be cut short%s (finish reason: %s)", limit, reason)
         elif not attempt.whole:
-            logger.warning("the answer may be cut short: the stream ended without finish reason or [DONE]")
+            warn("the answer may be cut short: the stream ended without finish reason or [DONE]")
 
 
 def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
@@ -1666,8 +1669,7 @@ _locks: dict[int, threading.RLock] = collections.defaultdict(threading.RLock)
 def find_client(proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
     """A client with room for another prompt, made if there is none, and those no longer worth keeping, to be closed.
 
-    One large pool would be slow: for each request, httpcore looks at every connection and, for each idle one, at all
-    the others.
+    One large pool would be slow: for each request, httpcore compares all connections of a pool with each other.
     """
     key, now = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES))), time.monotonic()
     own = [client for client in [*_clients] if client.key[:2] == key[:2]]
@@ -1751,8 +1753,7 @@ def new_http_client(key: ClientKey) -> Any:
         named = f", which {variables[0]} names" if variables else ""
         raise AutonomousError(f"cannot load {path}{named}: {reason_of(error)}") from error
     except ImportError:
-        message = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
-        raise AutonomousError(message) from None
+        raise AutonomousError("a SOCKS proxy needs a package: llm install 'httpx[socks]' (or pip install)") from None
 
 
 @functools.cache
@@ -1886,9 +1887,8 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     async with contextlib.aclosing(head):
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        async for data in (
-                            head.aiter_bytes() if "content-encoding" in head.headers else head.aiter_raw()
-                        ):
+                        read = head.aiter_bytes if "content-encoding" in head.headers else head.aiter_raw
+                        async for data in read():
                             for piece in attempt.feed(data):
                                 yield piece
                             if attempt.done:

@@ -539,7 +539,7 @@ def test_socks_proxy_without_the_extra(
 ) -> None:
     """Without the package for SOCKS, the error says what to install."""
     monkeypatch.setitem(sys.modules, "socksio", None)
-    words = "a SOCKS proxy needs one more package: llm install 'httpx[socks]' (or pip install)"
+    words = "a SOCKS proxy needs a package: llm install 'httpx[socks]' (or pip install)"
     assert words in ask(proxy=f"{scheme}://127.0.0.1:1").line
     monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:1")
     assert words in ask().line

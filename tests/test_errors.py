@@ -339,8 +339,8 @@ def test_words_of_a_server_are_printable(ask: Ask, server: Loopback, place: str)
 
 
 def test_warning_reaches_the_terminal(server: Loopback, start: Start) -> None:
-    """A user who configured nothing sees the warning beside the answer: plain, with --no-stream and with --async."""
-    warning = "the answer may be cut short: the stream ended without finish reason or [DONE]"
+    """A user who configured nothing sees the warning on a line of its own: plain, with --no-stream and --async."""
+    warning = "\nWarning: the answer may be cut short: the stream ended without finish reason or [DONE]"
     server.answer = say([event(delta("one"))])
     script = """if True:
         from llm.cli import cli

@@ -195,7 +195,8 @@ FAULTS: dict[str, tuple[Step, str]] = {
     "malformed": (functools.partial(Connection.raw, data=b"zz\r\n"), "the answer is incomplete: "),
     "cut": (functools.partial(Connection.raw, data=b'8\r\ndata: {"\r\n0\r\n\r\n'), "the answer is incomplete"),
     "error": (event({"error": "no luck"}), "the service reports an error: no luck"),
-    "no JSON": (b"data: nonsense\n\n", "the reply was not understood; it begins: nonsense"),
+    "no JSON": (b"data: {nonsense\n\n", "the reply was not understood; it begins: {nonsense"),
+    "words": (b"data: nonsense\n\n", "the answer is incomplete: the server sent: nonsense"),
     "page": (
         functools.partial(Connection.raw, data=b"f\r\n<title>x</title\r\n0\r\n\r\n"),
         "answered with a web page titled: x",

@@ -165,7 +165,9 @@ def test_other_names_of_a_type_are_sent(ask: Ask, server: Loopback, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["image/png", None], ids=["typed", "untyped"])
-@pytest.mark.parametrize("path", ["gone.png", "", "file/below.png"], ids=["gone", "directory", "below a file"])
+@pytest.mark.parametrize(
+    "path", ["gone.png", "", "file/below.png", "file"], ids=["gone", "directory", "below a file", "empty"]
+)
 def test_a_new_picture_that_cannot_be_read_is_an_error(
     ask: Ask, server: Loopback, caplog: Any, tmp_path: Path, path: str, kind: str | None
 ) -> None:

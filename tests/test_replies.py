@@ -314,6 +314,9 @@ TEXTS = {
     "the message again, after the end": upon(ONCE, UPON, STOP, message("Once upon")),
     "the message again, as bare JSON": upon(ONCE, UPON, framed(message("Once upon"), prefix="")),
     "the message again, in parts": upon(ONCE, UPON, message(PARTS)),
+    "digits as numbers": Row(
+        stream(*(choice({"content": part}) for part in ("$", 1, 0, 0, " or ", 2.5, 0))), "$100 or 2.50"
+    ),
     "parts": upon(choice({"content": PARTS})),
     "parts, one in each chunk": upon(*(choice({"content": [part]}) for part in PARTS)),
     "parts in a whole reply": Row(body(message(PARTS)), "Once upon"),
@@ -414,7 +417,7 @@ FOREIGN_VALUES: dict[str, Any] = {
     "a choice of words": {"choices": ["a time"]},
     "a delta of words": {"choices": [{"index": 0, "delta": "a time"}]},
     "content of another shape": {"choices": [{"index": 0, "delta": {"content": {"answer": "a time"}}}]},
-    "content of numbers": {"choices": [{"delta": {"content": [1]}}]},
+    "content in lists": {"choices": [{"delta": {"content": [["a time"]]}}]},
     "a picture": choice({"content": "", "images": [{"data": "abc"}]}),
 }
 # Whole replies of other kinds of servers
@@ -432,7 +435,8 @@ SHAPES: dict[str, Any] = {
     "text-generation-inference": {"generated_text": "Once"},
     "none": {"status": "failed", "error_message": "no GPU", "request_id": "7"},
 }
-NO_JSON = ("hello", "{'choices': []}", '{"choices": [}', "[DONE", "[done]", "-", '{"a": 1', '{"choices": []} and more')
+NO_JSON = ("{'choices': []}", '{"choices": [}', "[DONE", "[done]", '{"a": 1')
+NO_VALUE = ("hello", "-", '{"choices": []} and more')
 OBJECT = FOREIGN_VALUES["an object"]
 FOREIGN = {
     **{f"{name}, within": upon(ONCE, value, UPON, STOP, warning=PARTLY) for name, value in FOREIGN_VALUES.items()},
@@ -451,6 +455,14 @@ FOREIGN = {
     **{
         f"no JSON: {words}": Row(A + f"data: {words}\n\n".encode() + B, "a", error=f"{UNREAD} … {words[-8:]}")
         for words in NO_JSON
+    },
+    **{
+        f"no JSON: {words}": Row(A + f"data: {words}\n\n".encode() + B, "a", error=f"{INCOMPLETE} … {words[-8:]}")
+        for words in NO_VALUE
+    },
+    **{
+        f"no JSON, after the end: {words}": upon(ONCE_UPON, STOP, f"{words}\n\n".encode(), warning=f"{PARTLY} … {end}")
+        for words, end in {"event: close\ndata: close": "close", "data: DONE": "DONE", "Bye": "Bye"}.items()
     },
     "plain text": Row(b"\nUpstream is down\nGoodbye\n", error="Upstream is down"),
     "a web page": Row(b"<html>\n\n<head><title>Oh</title>\ndata: {}", error="answered with a web page titled: Oh"),

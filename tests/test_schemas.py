@@ -116,6 +116,16 @@ def test_json_goes_out_alone(schema: dict[str, Any], text: str, value: Any, ask:
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(("text", "warned"), [(f"{REX}\n{CLEO}", True), (f"{REX} {{}} {CLEO}", True), (CLEO, False)])
+def test_other_values_that_match_are_not_left_out_in_silence(
+    text: str, warned: bool, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asks for one value and gets several is warned that only the last is kept."""
+    server.answer = texts(text)
+    assert ask(schema=DOG).text == CLEO
+    assert ["several values" in message for message in caplog.messages] == [True] * warned
+
+
 WRONG_AGE = '{"name": "Cleo", "age": "four"}'
 AGE = 'at $.age, the schema has {"type": "integer"}'
 LONG = json.dumps([{"name": "Cleo " * 50, "age": None}] * 4)

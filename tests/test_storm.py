@@ -169,7 +169,7 @@ async def garbled_event(case: Case, connection: Connection) -> None:
 
 
 async def foreign_value(case: Case, connection: Connection) -> None:
-    foreign = ({"choices": 5}, [1, 2], None, {"status": "fine"}, {"choices": [{"delta": {"content": 7}}]})
+    foreign = ({"choices": 5}, [1, 2], None, {"status": "fine"}, {"choices": [{"delta": {"content": {"a": 7}}}]})
     chunks = case.chunks
     chunks.insert(case.random.randrange(len(chunks)), case.random.choice(foreign))
     await connection.whole(b"".join(map(event, chunks)) + DONE)

@@ -151,6 +151,7 @@ CALLS: dict[str, tuple[str, Parts]] = {
     "bare and then an unknown name": (f'{ADD_JSON}\n{{"name": "subtract"}}', [ADD, ("subtract", {})]),
     "bare and then an answer in a fence": (f'{ADD_JSON}\n```\n{{"a": 1}}\n```', [ADD, '```\n{"a": 1}\n```']),
     "python tag": (f"<|python_tag|>{ADD_JSON}", [ADD]),
+    "a closing tag with bars": (f"<|tool_call|>{ADD_JSON}<|/tool_call|>", [ADD]),
     "python tag and two": (f"<|python_tag|>\n{ADD_JSON}; {NOW_JSON}\n", [ADD, NOW]),
     "python tag after words": (f"Let me add.\n<|python_tag|>{ADD_JSON}<|eom_id|>", ["Let me add.", ADD]),
     "python tag between words": (f"Let me <|python_tag|>{ADD_JSON} see", ["Let me", ADD, "see"]),
