@@ -54,7 +54,7 @@ BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 PROXY_URL = "an http://, https://, socks5:// or socks5h:// URL with a host"
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # what Python's TLS takes from there
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # which TLS reads
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
@@ -530,7 +530,7 @@ class Framing:
             raise too_large()
 
     def _end_event(self, cut: bool = False) -> None:
-        """Read what is held: an event ends at a blank line, at the next event, or where the reply ends (``cut``)."""
+        """Read what is held: it ends at a blank line, at bare JSON or markup, or where the reply ends (``cut``)."""
         before = len(self._values)
         rest = self._read_values(self._held)
         self._held.clear()
@@ -739,7 +739,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that hold something. A value of another kind counts as a field that nobody knows."""
+    """The fields of an object that hold something. Another value is in a list under "", which `holds_more` counts."""
     fields = value if isinstance(value, dict) else {"": value and [value]}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
@@ -823,7 +823,7 @@ class ToolCallParser:
         self._passed = 0  # how many of them were passed on
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the last text since then, up to the first tag of a result
-        # How a call begins, in JSON: {"name": "add" or {"type": … "add"; in code: <function=add= or [add( or {'add'
+        # A call begins with {"name": "add" or {"type": … "add" or, in code, with <function=add= or [add( or {'add'
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
         self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
@@ -843,7 +843,7 @@ class ToolCallParser:
             if RESULT_TAG in self._recent:
                 # If the tag follows the calls and is no part of an argument, _split sets `finished`.
                 with contextlib.suppress(AutonomousError):
-                    self._split()
+                    self._split()  # only for that: the calls are returned at the end
         try:
             return passed + self._split() if end and not self.error else passed
         except AutonomousError as error:
@@ -930,7 +930,7 @@ class ToolCallParser:
                 offered = any(name in self.names and (may_omit or given is not None) for name, given, _ in fields)
                 meant = tag in OWN_TAGS or ((calls or offered) and all(name for name, _, _ in fields))
                 if not meant or any(is_definition for _, _, is_definition in fields):
-                    return calls, end if calls else after
+                    return calls, (end if calls else after)
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
         except (ValueError, RecursionError) as error:
@@ -982,7 +982,7 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     value = value if isinstance(value, dict) else {}
     value = value["function"] if isinstance(value.get("function"), dict) else value
     name = value.get("name", value.get("function"))
-    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # or empty ones
+    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # both may be there
     is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
     is_definition = is_schema or ("description" in value and not value.get("arguments"))
     return name if isinstance(name, str) else None, arguments, is_definition
@@ -995,7 +995,7 @@ def read_call(value: Any) -> llm.ToolCall:
     name, arguments, _ = call_fields(value)
     if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
-    if arguments is None and not CALL_FIELDS.issuperset(value):  # which may hold the arguments under another name
+    if arguments is None and not CALL_FIELDS.issuperset(value):  # an unknown key may hold them
         raise ValueError('it has no "arguments"')
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):  # then they are no object
@@ -1195,7 +1195,7 @@ def error_words(body: object) -> str:
     """The message in an error body of any of the forms in PROTOCOL.md, or several, if they say different things."""
     found: list[str] = []
     for value in map(body.get, ("error", "errors", *MESSAGE_KEYS)) if isinstance(body, dict) else ():
-        said = value.get("message") or value if isinstance(value, dict) else value
+        said = (value.get("message") or value) if isinstance(value, dict) else value
         words = said if isinstance(said, str) else as_json(said)
         if value and value is not True and not any(words in known for known in found):
             found = [known for known in found if known not in words] + [words]
@@ -1324,7 +1324,7 @@ def root_cause(error: BaseException) -> BaseException:
 def reason_of(cause: BaseException) -> str:
     """What the operating system or OpenSSL says went wrong."""
     if type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
-        return os.strerror(cause.errno)  # asyncio has replaced the words
+        return os.strerror(cause.errno)  # asyncio replaces the words; errors of ssl and socket have other codes
     words = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause)
     return quoted(words).rstrip(".")
 
@@ -1493,7 +1493,7 @@ class Attempt:
 
     @property
     def done(self) -> bool:
-        """Whether nothing that still arrives is worth reading: not even the end of the reply, and the usage."""
+        """Whether to stop reading at once, without waiting for the usage or the end of the reply."""
         page_read = self.refusal is not None and len(self.beginning) == MAX_PAGE_BYTES
         return self.error is not None or page_read or (self.parser is not None and self.parser.finished)
 
@@ -1854,7 +1854,7 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                         limit_reads(head, attempt)
                         attempt.open(head)
                         body: Any = head.iter_bytes() if "content-encoding" in head.headers else head.stream
-                        for data in body:
+                        for data in body:  # iter_raw() would do the same more slowly
                             yield from attempt.feed(data)
                             if attempt.done:
                                 break
@@ -2016,5 +2016,5 @@ async def _check(
 
     if show and sys.stderr.isatty():
         host = urls[services[0]].netloc.decode()
-        click.echo(f"Asking {len(urls)} models at {host}, for up to {timeout:g} s ...", err=True)
+        click.echo(f"Asking {host}, for up to {timeout:g} s per model ...", err=True)
     return [await ask(service) for service in urls] if raw else list(await asyncio.gather(*map(ask, urls)))

@@ -118,7 +118,7 @@ def test_rows_appear_when_they_are_known(server: Loopback, start: Start) -> None
     os.close(terminal)
     assert {*rows_of("".join(rows))} == {*MODELS[1:]}
     assert ([*rows_of(stdout)], code) == (MODELS[:1], 0)
-    assert shown == f"Asking 5 models at 127.0.0.1:{server.port}, for up to 20 s ...\r\n"
+    assert shown == f"Asking 127.0.0.1:{server.port}, for up to 20 s per model ...\r\n"
 
 
 # Which models

@@ -1,6 +1,6 @@
 """The speed of the plugin, side by side with others at the same work:
 
-    python tests/measure/benchmark.py            one table in Markdown, in about five minutes
+    python tests/measure/benchmark.py            one table in Markdown, in about 15 minutes
     python tests/measure/benchmark.py --quick    the same with few rounds, for development: its figures are rough
     python tests/measure/benchmark.py --readme   writes the rows that matter to a user into tests/README.md as well
 
