@@ -521,7 +521,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            # Words after some text say that the server died. An unknown field does not.
+            # To Completion, a plain string is an unknown field, but `Words` after some text say that the server died.
             self._values.append(words if re.match(r"[\w-]+(:|\Z)", words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
@@ -652,7 +652,7 @@ class Completion:
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # In place of a choice, a message is an error even without a code.
+        # filled() has dropped empty choices. Without a choice, a message is an error even if it has no code.
         no_choice = "choices" not in fields and (begun or is_chunk)
         if unusual and (error := reported_error(all_fields, message_suffices=no_choice)):
             raise error
@@ -789,7 +789,7 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        self._held = [f"<{tag}>{closing}"]  # in place of all so far, to be matched again with the next text
+        self._held = [f"<{tag}>{closing}"]  # matched again with the next text: more of the tag or white space
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
         return [*thought, text] if text else thought
@@ -874,7 +874,7 @@ class ToolCallParser:
             wrapping["function"] in self.names
             or (first and value.startswith(RESULT_TAG))
             or (own and value.startswith(("{", "[")))
-            or (own and first and not value)  # the answer was cut there
+            or (own and first and not value)  # cut there, or no more has come yet
             or ((own or (first and not wrapping[0])) and self._in_code.match(value))
             or self._in_json.match(value)
         )
@@ -1522,7 +1522,7 @@ class Attempt:
             pieces = self._decode(b"", end=True)
             self.error = self._problem()
         problem = self.error
-        if self.yielded or not problem:  # text that was held because a call might begin there comes before the error
+        if self.yielded or not problem:  # held text comes before an error, unless it may be tried again
             pieces += self._parse([], end=True)
         self.error = problem or (self.error and explained(self.error, self.completion.finish_reason))
         return self._out(pieces)
@@ -1774,7 +1774,7 @@ def limit_reads(head: httpx.Response, attempt: Attempt) -> None:
     async, by ``stream.read(max_bytes, timeout)``. A reply that a test made up has no stream.
     """
     if stream := head.extensions.get("network_stream"):
-        read = functools.partial(type(stream).read, stream)
+        read = functools.partial(type(stream).read, stream)  # stream.read may be that of an earlier reply
 
         def read_limited(max_bytes: int, timeout: float) -> Any:
             # Once this reply has ended, its connection may be another prompt's.
