@@ -54,7 +54,7 @@ BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 PROXY_URL = "an http://, https://, socks5:// or socks5h:// URL with a host"
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # which TLS reads
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # that TLS reads
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
@@ -440,7 +440,7 @@ class Framing:
     Reads event streams as WHATWG specifies them (https://html.spec.whatwg.org/multipage/server-sent-events.html) and,
     as PROTOCOL.md asks, also ``data:`` lines with no blank lines in between, lines of bare JSON, and a single JSON
     value spread over many lines. The data of an event or a field named ``error`` comes out as ``{"error": data}``, and
-    words that are none of these as a string.
+    words where JSON was expected come out as a string.
 
     `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
     still returned. How the bytes were cut changes nothing, the cost is O(n), and `MAX_EVENT_BYTES` limits what is held.
@@ -569,7 +569,7 @@ class Framing:
 
 
 class Words(str):
-    """What a reply says in neither a field of an event stream nor JSON."""
+    """Words in a reply where JSON was expected."""
 
 
 # Unlike JSON's own rules, this admits line breaks and other control characters within strings.
@@ -982,7 +982,7 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     value = value if isinstance(value, dict) else {}
     value = value["function"] if isinstance(value.get("function"), dict) else value
     name = value.get("name", value.get("function"))
-    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # both may be there
+    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # one of both may be empty
     is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
     is_definition = is_schema or ("description" in value and not value.get("arguments"))
     return name if isinstance(name, str) else None, arguments, is_definition
@@ -1055,8 +1055,9 @@ def matching_json(text: str, validator: Any) -> str:
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
             raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
         if error is None:
-            if sum(validator.is_valid(other) for other, _ in values) > 1:
-                warn("the answer holds several values that match the schema; only the last is kept")
+            with contextlib.suppress(Exception):  # if the schema cannot be applied to another value, it is not meant
+                if sum(validator.is_valid(other) for other, _ in values) > 1:
+                    warn("the answer holds several values that match the schema; only the last is kept")
             return with_escapes(written)
         if isinstance(value, dict) and {"type", "properties"} <= value.keys():
             copied = True
@@ -1087,11 +1088,6 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             yield value, text[start:end]
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
-
-
-def warn(message: str, *values: object) -> None:
-    """Log a warning. If no logging is set up, it goes to the terminal, where the answer may not have ended its line."""
-    logger.warning(("" if logger.hasHandlers() else "\nWarning: ") + message, *values)
 
 
 def replace_surrogates(text: str) -> str:
@@ -1151,6 +1147,11 @@ def quoted(words: str) -> str:
     printable = "".join(char if char.isprintable() else " " for char in words[: 4 * MAX_EXCERPT])
     line = " ".join(printable.split())
     return line if len(line) <= MAX_EXCERPT else line[: MAX_EXCERPT - 1] + "…"
+
+
+def warn(message: str, *values: object) -> None:
+    """Log a warning. If no logging is set up, it goes to the terminal, where the answer may not have ended its line."""
+    logger.warning(("" if logger.hasHandlers() else "\nWarning: ") + message, *values)
 
 
 def explained(error: AutonomousError, reason: str) -> AutonomousError:
@@ -1369,9 +1370,9 @@ class Exchange:
             instructions = tool_instructions(self.tools)
             after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        system = llm.Message(role="system", parts=[TextPart(prompt.system or "")])
-        if conversation and prompt.system and system not in given:  # `llm` sends only that of the first turn
-            given = [system, *(message for message in given if message.role != "system")]
+        if conversation and prompt.system:  # on a later turn than the first, `llm` leaves it out of the messages
+            system = llm.Message(role="system", parts=[TextPart(prompt.system)])
+            given = given if system in given else [system, *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # Our own instructions ask for nothing. In a conversation, an assistant's message at the end is the previous
         # answer, and the user has asked nothing new. Elsewhere, the caller has begun the answer for the model.
@@ -2015,6 +2016,5 @@ async def _check(
         return row
 
     if show and sys.stderr.isatty():
-        host = urls[services[0]].netloc.decode()
-        click.echo(f"Asking {host}, for up to {timeout:g} s per model ...", err=True)
+        click.echo(f"Asking {urls[services[0]].netloc.decode()}, for up to {timeout:g} s per model ...", err=True)
     return [await ask(service) for service in urls] if raw else list(await asyncio.gather(*map(ask, urls)))

@@ -126,6 +126,12 @@ def test_other_values_that_match_are_not_left_out_in_silence(
     assert ["several values" in message for message in caplog.messages] == [True] * warned
 
 
+def test_reference_to_nowhere_that_the_answer_does_not_need_spoils_nothing(ask: Ask, server: Loopback) -> None:
+    """The last value matches without it, though another value of the answer cannot be checked."""
+    server.answer = texts('{"a": 1} {"b": 2}')
+    assert ask(schema={"properties": {"a": {"$ref": "#/nowhere"}}}).text == '{"b": 2}'
+
+
 WRONG_AGE = '{"name": "Cleo", "age": "four"}'
 AGE = 'at $.age, the schema has {"type": "integer"}'
 LONG = json.dumps([{"name": "Cleo " * 50, "age": None}] * 4)
