@@ -333,9 +333,8 @@ def format_call(part: ToolCallPart, tools: bool) -> str:
 
 def format_result(part: ToolResultPart, tools: bool) -> str:
     """What a tool returned, in words if that is empty. `llm` passes None on as ``null``."""
-    name, output, failure = part.name, cast(Any, part.output), part.exception
-    if not isinstance(output, str):
-        output = json.dumps(output, default=repr)
+    name, failure = part.name, part.exception
+    output = part.output if isinstance(part.output, str) else json.dumps(part.output, default=repr)
     if failure is not None:
         # An exception without words is recorded as "ValueError: " or "ValueError: None".
         failure = re.sub(r"(\A|:)\s*(None\s*)?\Z", ": no message was given", failure)
@@ -417,16 +416,17 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
 
     if option is not None:
         return option
-    host = f"[{url.host}]" if ":" in url.host else url.host
-    port = url.port or {"http": 80, "https": 443}[url.scheme]
     proxies = urllib.request.getproxies()
-    unproxied = {entry.strip() for entry in proxies.get("no", "").split(",")}
-    if "*" in unproxied or any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
-        return ""
     scheme = url.scheme if proxies.get(url.scheme) else "all"
     proxy = proxies.get(scheme, "").strip()
-    proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy
-    if proxy and not parse_url(proxy, PROXY_SCHEMES):  # do not quote it: it may contain a password
+    host = f"[{url.host}]" if ":" in url.host else url.host
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    unproxied = {entry.strip() for entry in proxies.get("no", "").split(",")}
+    # proxy_bypass is slow, as it reads the whole environment again.
+    if not proxy or "*" in unproxied or any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
+        return ""
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not parse_url(proxy, PROXY_SCHEMES):  # do not quote it: it may contain a password
         raise AutonomousError(f"{scheme.upper()}_PROXY must be {PROXY_URL}")
     return proxy
 
@@ -712,7 +712,7 @@ def plain_text(value: Any) -> str:
         [choice] = value["choices"]
         delta, text = choice["delta"], choice["delta"]["content"]
         finished = choice.get("finish_reason") or value.get("finish_reason")
-        if not finished and type(text) is str and all(map(PLAIN_FIELDS.issuperset, (value, choice, delta))):
+        if not finished and type(text) is str and {**value, **choice, **delta}.keys() <= PLAIN_FIELDS:
             return text
     except (AttributeError, LookupError, TypeError, ValueError):
         pass
