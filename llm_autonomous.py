@@ -54,7 +54,7 @@ BASE_URL = "https://chatgpt.autonomous.ai"
 BASE_URL_VARIABLE = "AUTONOMOUS_BASE_URL"
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 PROXY_URL = "an http://, https://, socks5:// or socks5h:// URL with a host"
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # that TLS reads
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # read by TLS
 
 DEFAULT_TIMEOUT = 120.0  # seconds of silence, before and within a reply
 MAX_TIMEOUT = 86_400.0  # seconds; operating systems refuse to wait for weeks
@@ -63,7 +63,7 @@ END_TIMEOUT = 1.0  # seconds for usage and the end of the reply to arrive once t
 ERROR_BODY_TIMEOUT = 5.0  # seconds for the body of an error status to arrive
 KEEPALIVE = 60.0  # seconds that an idle connection stays open for the next prompt
 POOL_SIZE = 32  # prompts at the same time on one client, which is one pool of connections
-MAX_IDLE_CLIENTS = 32  # that are kept for later prompts, each with its connections
+MAX_IDLE_CLIENTS = 32  # kept for later prompts, each with its connections
 
 ATTEMPTS = 3  # per prompt, including the first
 BACKOFF = (0.5, 1.0)  # seconds before the second and third attempt, plus or minus JITTER
@@ -78,7 +78,7 @@ USUAL_FINISH_REASON = (
 )
 LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
-MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")  # the words of an error, beside or inside "error"
+MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")  # the keys that hold the text of an error
 NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"  # codes and errors that stand for success
 THINKING_TAGS = ("think", "scratch_pad")
 # The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
@@ -99,7 +99,7 @@ class ServiceModel(NamedTuple):
 
     name: str  # goes into `aiAgent` and `threadId`
     endpoint: str  # below /api/v1/ai/
-    backend: str  # the model behind it, and its bare alias
+    backend: str  # the model that it runs; also an alias, if that is free
     own_aliases: tuple[str, ...] = ()
     attachment_types: frozenset[str] = frozenset()
 
@@ -218,7 +218,7 @@ def tool_instructions(tools: list[llm.Tool]) -> str:
 
 
 def schema_instructions(schema: dict[str, Any]) -> str:
-    """What tells the model to answer in JSON: the schema and an example."""
+    """How to answer in JSON: the schema and an example."""
     example: Any = "..."
     with contextlib.suppress(AttributeError, LookupError, TypeError):  # if a $ref leads to something that is no schema
         example = example_of(schema, schema)
@@ -301,7 +301,7 @@ def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
 
 
 def read_parts(parts: list[Part], images: bool, tools: bool, new: bool) -> tuple[str, list[dict[str, Any]]]:
-    """The text and the images of one message. Raises if an image cannot be read, and the message is ``new``."""
+    """The text and the images of a message. Raises if the message is ``new``, and an image in it cannot be read."""
     blocks: list[str] = []
     shown: list[dict[str, Any]] = []
     for previous, part in zip([None, *parts], parts, strict=False):
@@ -325,16 +325,16 @@ def read_parts(parts: list[Part], images: bool, tools: bool, new: bool) -> tuple
 
 
 def format_call(part: ToolCallPart, tools: bool) -> str:
+    arguments = json.dumps(part.arguments, ensure_ascii=False, default=str)
     if not tools:
-        return f"[called the tool {part.name} with {json.dumps(part.arguments, default=str)}]"
-    call = json.dumps({"name": part.name, "arguments": part.arguments}, ensure_ascii=False, default=str)
-    return f"<tool_call>\n{call}\n</tool_call>"
+        return f"[called the tool {part.name} with {arguments}]"
+    return f'<tool_call>\n{{"name": {json.dumps(part.name)}, "arguments": {arguments}}}\n</tool_call>'
 
 
 def format_result(part: ToolResultPart, tools: bool) -> str:
     """What a tool returned, in words if that is empty. `llm` passes None on as ``null``."""
     name, failure = part.name, part.exception
-    output = part.output if isinstance(part.output, str) else json.dumps(part.output, default=repr)
+    output = part.output if isinstance(part.output, str) else json.dumps(part.output, ensure_ascii=False, default=repr)
     if failure is not None:
         # An exception without words is recorded as "ValueError: " or "ValueError: None".
         failure = re.sub(r"(\A|:)\s*(None\s*)?\Z", ": no message was given", failure)
@@ -361,7 +361,7 @@ def image_url(attachment: llm.Attachment, new: bool) -> str | None:
         if new:
             what = f"the attachment {attachment.path}: {reason_of(error)}" if attachment.path else "an empty attachment"
             raise AutonomousError(f"cannot read {what}; the prompt was not sent") from None
-        logger.warning("an image of this conversation is not sent, since it can no longer be read: %s", error)
+        warn("an image of this conversation is not sent, since it can no longer be read: %s", error)
         return None
     sent_type = IMAGE_TYPES.get(kind.partition(";")[0].strip().lower())
     if link:
@@ -401,7 +401,7 @@ def endpoint_url(endpoint: str) -> httpx.URL:
     """Where to send a prompt: ``/api/v1/ai/<endpoint>`` at the service, or at ``AUTONOMOUS_BASE_URL``."""
     url = parse_url(os.environ.get(BASE_URL_VARIABLE, "").strip() or BASE_URL, ("http", "https"))
     if not url or b"?" in url.raw_path or url.fragment or url.userinfo:
-        wanted = "an http:// or https:// URL with a host and without a password, such as http://127.0.0.1:8000"
+        wanted = "an http:// or https:// URL with a host, and no password or query, such as http://127.0.0.1:8000"
         raise AutonomousError(f"{BASE_URL_VARIABLE} must be {wanted}")
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + f"/api/v1/ai/{endpoint}".encode())
 
@@ -521,7 +521,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            # To Completion, a plain string is an unknown field, but `Words` after some text say that the server died.
+            # "name: value" is a field that we do not know. Other words, after some text, mean that the server died.
             self._values.append(words if re.match(r"[\w-]+(:|\Z)", words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
@@ -643,7 +643,7 @@ class Completion:
         died = isinstance(chunk, str) and (mentions_error(chunk) or (isinstance(chunk, Words) and not self.whole))
         if begun and died:  # these are the last words of a server or a proxy
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
-        # What is neither an object nor a list of choices counts as an unknown field, see filled().
+        # filled() turns any other value into an unknown field.
         fields, is_chunk = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
         choices = fields.get("choices", [{}])
         choice = filled(choices[0] if isinstance(choices, list) else [choices])
@@ -652,7 +652,7 @@ class Completion:
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # filled() has dropped empty choices. Without a choice, a message is an error even if it has no code.
+        # In a chunk without choices (filled() drops []), or after some text, a message needs no code to be an error.
         no_choice = "choices" not in fields and (begun or is_chunk)
         if unusual and (error := reported_error(all_fields, message_suffices=no_choice)):
             raise error
@@ -739,7 +739,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that hold something. Another value is in a list under "", which `holds_more` counts."""
+    """The fields of an object that are not empty. Any other value becomes ``{"": [value]}``, an unknown field."""
     fields = value if isinstance(value, dict) else {"": value and [value]}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
@@ -758,7 +758,7 @@ class Thinking:
     def __init__(self) -> None:
         self.answered = False  # some text has arrived, and everything that follows is text as well
         self.reasoned = False  # some reasoning has arrived
-        self._held: list[str] = []  # what may begin a tag or, after an opening tag, that tag and what may end it
+        self._held = ""  # text that may begin a tag; within reasoning, the opening tag and what may be its closing one
 
     def feed(self, pieces: list[str | StreamEvent], end: bool = False) -> list[str | StreamEvent]:
         """The ``pieces`` of `Completion`, with the reasoning at the start of their text turned into events."""
@@ -774,22 +774,21 @@ class Thinking:
 
     def _split(self, text: str, end: bool = False) -> list[str | StreamEvent]:
         """The reasoning and the texts in ``text``, the next part of the answer."""
-        held, self._held = [*self._held, text], []
-        text = "".join(held)
+        text, self._held = self._held + text, ""
         found = re.compile(rf"\s*{THOUGHT}\s*").match(text)
         if not found:
             begins = any(f"<{tag}>".startswith(text.lstrip()) for tag in THINKING_TAGS)
             if begins and len(text) < MAX_HELD and not end:
-                self._held = held
+                self._held = text
                 return []
-            self.answered = bool(text)
-            return [piece for piece in held if piece]
+            self.answered = bool(text.strip())  # an answer of white space alone is an empty one
+            return [text] if text else []
         tag, reasoning, closing = found.groups()
         cut = reasoning.rfind("<")
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        self._held = [f"<{tag}>{closing}"]  # matched again with the next text: more of the tag or white space
+        self._held = f"<{tag}>{closing}"  # matched again with the next text: more of the tag or white space
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
         return [*thought, text] if text else thought
@@ -820,9 +819,9 @@ class ToolCallParser:
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
         self._held = io.StringIO()  # up to MAX_HELD characters that were passed on, and all that was not
-        self._passed = 0  # how many of them were passed on
+        self._passed = 0  # the length of the part of _held that was passed on
         self._calling = False  # a call seems to have begun
-        self._recent = ""  # the last text since then, up to the first tag of a result
+        self._recent = ""  # the end of the text since then, in which RESULT_TAG is looked for
         # A call begins with {"name": "add" or {"type": … "add" or, in code, with <function=add= or [add( or {'add'
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
@@ -841,9 +840,9 @@ class ToolCallParser:
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
             if RESULT_TAG in self._recent:
-                # If the tag follows the calls and is no part of an argument, _split sets `finished`.
+                # Sets `finished` if the tag follows the calls and is not in an argument. The end returns the calls.
                 with contextlib.suppress(AutonomousError):
-                    self._split()  # only for that: the calls are returned at the end
+                    self._split()
         try:
             return passed + self._split() if end and not self.error else passed
         except AutonomousError as error:
@@ -864,7 +863,7 @@ class ToolCallParser:
         return [passed] if passed else []
 
     def _wrapping(self, text: str, place: int, next_call: int = -1) -> re.Match[str] | None:
-        """What `WRAPPING` matches at ``place``, perhaps nothing, if a call or a made-up result seems to begin there."""
+        """The tags, if any, before a call or made-up result that seems to begin at ``place``. None if none seems to."""
         window = text[place : place + MAX_HELD]
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
@@ -874,14 +873,14 @@ class ToolCallParser:
             wrapping["function"] in self.names
             or (first and value.startswith(RESULT_TAG))
             or (own and value.startswith(("{", "[")))
-            or (own and first and not value)  # cut there, or no more has come yet
+            or (own and first and not value)  # the tag is all there is so far
             or ((own or (first and not wrapping[0])) and self._in_code.match(value))
             or self._in_json.match(value)
         )
         return wrapping if seems_a_call else None
 
     def _split(self) -> list[Any]:
-        """The calls in what is held, and the text around them. Raises if the model has to be asked what it means."""
+        """The calls in what is held, and the text around them. Raises if the model has to be asked to correct it."""
         text = self._held.getvalue()
         pieces: list[Any] = []
         start = place = self._passed  # the text before start is in pieces
@@ -914,10 +913,10 @@ class ToolCallParser:
         """The calls at ``place``, one after another or in lists, and the position after the last.
 
         If the first value is no call, there are none, and the position is the one after that value. In `OWN_TAGS` all
-        values have to be calls. After a call, a value may have any name and no arguments.
+        values have to be calls. A value after a call is a call too if it has a name, whether that is offered or not.
         """
         tag, function = wrapping["tag"] or "", wrapping["function"]
-        may_omit = re.search("tool|function|call|python_tag", tag)  # the arguments
+        name_suffices = re.search("tool|function|call", tag)  # without arguments
         calls: list[llm.ToolCall] = []
         end, next_value = place, place
         try:
@@ -927,16 +926,16 @@ class ToolCallParser:
                     value = {"name": function, "arguments": value}
                 values = value if value and isinstance(value, list) else [value]
                 fields = [call_fields(each) for each in values]
-                offered = any(name in self.names and (may_omit or given is not None) for name, given, _ in fields)
+                offered = any(name in self.names and (name_suffices or given is not None) for name, given, _ in fields)
                 meant = tag in OWN_TAGS or ((calls or offered) and all(name for name, _, _ in fields))
                 if not meant or any(is_definition for _, _, is_definition in fields):
                     return calls, (end if calls else after)
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
         except (ValueError, RecursionError) as error:
-            problem = f"it is no valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+            problem = f"it is not valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
             begin, correction = text[place:] or wrapping[0], BROKEN_CALL.format(problem=problem)
-            raise misread(f"the model's tool call cannot be read, {problem}", begin, correction) from None
+            raise misread(f"the model's tool call cannot be read: {problem}", begin, correction) from None
         return calls, end
 
 
@@ -957,9 +956,9 @@ TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
 
 
 def find_opening(text: str, start: int, next_call: int = -1) -> int:
-    """Where from ``start`` on a call may begin: at a tag, a fence, or a bracket that begins a line or follows a call.
+    """The first place from ``start`` on where a call may begin, or the length of the text.
 
-    The length of the text if there is no such place.
+    It may begin at a tag, at a fence, or at a bracket that begins a line or follows a call.
     """
     for found in re.compile(r"<(?=[|\w]|\Z)|```|`{1,2}\Z|[{\[]").finditer(text, start):
         place = found.start()
@@ -991,7 +990,7 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
 def read_call(value: Any) -> llm.ToolCall:
     """The tool call in a JSON value. Raises `ValueError` if there is none."""
     if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     name, arguments, _ = call_fields(value)
     if not (name and name.strip() and name.isprintable()):
         raise ValueError('its "name" is not the name of a tool')
@@ -1027,7 +1026,7 @@ def with_escapes(text: str) -> str:
 
 
 def schema_validator(schema: dict[str, Any]) -> Any:
-    """What checks answers against ``schema``. Raises if it is not a valid schema."""
+    """A validator for answers to ``schema``. Raises if that is not a valid schema."""
     import jsonschema  # here, since importing it takes longer than importing everything else
     import referencing
 
@@ -1036,7 +1035,7 @@ def schema_validator(schema: dict[str, Any]) -> Any:
         kind.check_schema(schema)
     except Exception as error:  # jsonschema does not foresee every way in which a schema can be wrong
         reason = quoted(getattr(error, "message", str(error)))
-        raise AutonomousError(f"the schema is no JSON schema: {reason}; nothing was sent") from None
+        raise AutonomousError(f"the schema is not a valid JSON schema: {reason}; nothing was sent") from None
     return kind(schema, registry=referencing.Registry())  # which, unlike the default, never fetches a $ref
 
 
@@ -1047,9 +1046,9 @@ def matching_json(text: str, validator: Any) -> str:
     mismatch, copied, values = "", False, [*find_json(text)]
     for value, written in values[::-1]:
         try:
-            # If the schema wants an object whose one required field is a list, models may write the list alone.
+            # If the schema wants an object whose one required field is a list, models may write that list and no more.
             required = validator.schema.get("required", [])
-            if isinstance(value, list) and len(required) == 1 and not validator.is_valid(value):
+            if isinstance(value, list) and len(required) == len(values) == 1 and not validator.is_valid(value):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
             error = best_match(validator.iter_errors(value))
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
@@ -1155,7 +1154,7 @@ def warn(message: str, *values: object) -> None:
 
 
 def explained(error: AutonomousError, reason: str) -> AutonomousError:
-    """What is wrong with an answer, after what the finish reason says of it if that is unusual."""
+    """The error, after what an unusual finish reason says about the answer."""
     if not reason or re.search(USUAL_FINISH_REASON, reason):
         return error
     at_limit = re.search(LIMIT_REASON, reason)
@@ -1179,7 +1178,7 @@ def misread(problem: str, text: str, correction: str) -> AutonomousError:
 
 
 def page_words(page: str) -> str:
-    """What an error says of a web page: its title or, if it has none, its text."""
+    """How an error describes a web page: by its title or, if it has none, its text."""
     import html
 
     page = page[:MAX_PAGE_BYTES]
@@ -1196,8 +1195,7 @@ def error_words(body: object) -> str:
     """The message in an error body of any of the forms in PROTOCOL.md, or several, if they say different things."""
     found: list[str] = []
     for value in map(body.get, ("error", "errors", *MESSAGE_KEYS)) if isinstance(body, dict) else ():
-        said = (value.get("message") or value) if isinstance(value, dict) else value
-        words = said if isinstance(said, str) else as_json(said)
+        words = error_words(value)
         if value and value is not True and not any(words in known for known in found):
             found = [known for known in found if known not in words] + [words]
     return ": ".join(found) or (body if isinstance(body, str) else as_json(body))
@@ -1291,7 +1289,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         elif isinstance(error, httpx.ConnectError) and (not reason_of(cause) or "EOF occurred" in reason):
             # Only a failed TLS handshake has no message, or this one of OpenSSL.
             reason = "the connection was closed during the TLS handshake"
-        # A proxy says that it could not connect by an HTTP status or, in the words of httpcore, by a SOCKS reply.
+        # If a proxy could not connect, the reason begins with its HTTP status or, for SOCKS, with httpcore's words.
         status = re.match(r"[0-9]{3}\b", reason)
         passing = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
         retryable = passing or not isinstance(error, httpx.ProxyError)
@@ -1365,17 +1363,16 @@ class Exchange:
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
         """The messages to send. Raises if the user has given nothing to answer."""
         in_json = schema_instructions(self.validator.schema) if self.validator else ""
-        instructions, after_results = in_json, ""
-        if self.tools:  # a model that knows the schema before it has the results makes them up
-            instructions = tool_instructions(self.tools)
-            after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
+        # A model that knows the schema before it has the results makes them up.
+        instructions = tool_instructions(self.tools) if self.tools else in_json
+        after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
         if conversation and prompt.system:  # on a later turn than the first, `llm` leaves it out of the messages
             system = llm.Message(role="system", parts=[TextPart(prompt.system)])
             given = given if system in given else [system, *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
-        # Our own instructions ask for nothing. In a conversation, an assistant's message at the end is the previous
-        # answer, and the user has asked nothing new. Elsewhere, the caller has begun the answer for the model.
+        # Our instructions alone are no prompt. In a conversation, a last message of the assistant is the previous
+        # answer. Elsewhere, it is the beginning of an answer that the caller wants continued.
         roles = [message["role"] for message in messages if message["content"] != instructions]
         if not roles or (roles[-1] == "assistant" and conversation is not None):
             raise AutonomousError("the prompt is empty: nothing was sent")
@@ -1584,7 +1581,7 @@ class Attempt:
         unknown, answered = self.completion.not_understood, self.thinking.answered
         if self.refusal:
             return status_error(self.refusal, self.beginning)
-        page = self.error is not None and self.error.outage  # which says more than how its end was lost
+        page = self.error is not None and self.error.outage  # a web page, which says more than a lost connection
         if self.failure and not (self.whole or page):
             return transport_error(self.failure, answered, self.exchange.timeout, self.exchange.proxy)
         if self.error:
@@ -1668,7 +1665,7 @@ _locks: dict[int, threading.RLock] = collections.defaultdict(threading.RLock)
 
 
 def find_client(proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
-    """A client with room for another prompt, made if there is none, and those no longer worth keeping, to be closed.
+    """A client with room for another prompt, perhaps a new one, and the idle clients that should be closed.
 
     One large pool would be slow: for each request, httpcore compares all connections of a pool with each other.
     """

@@ -161,6 +161,8 @@ BODIES: list[tuple[object, str]] = [
     ({"error": "no luck", "message": "no luck"}, "no luck"),
     ({"error": "Bad Request", "message": ["no a", "no b"]}, 'Bad Request: ["no a", "no b"]'),
     ({"error": {"message": "no luck"}, "detail": "today"}, "no luck: today"),
+    ({"error": {"type": "error", "error": {"message": "no luck"}}}, "no luck"),
+    ({"detail": {"error": "no luck", "code": 7}}, "no luck"),
     ("no luck", "no luck"),
     (b"no luck\n", "no luck"),
     (b"\xef\xbb\xbf no\nluck", "no luck"),

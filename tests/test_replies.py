@@ -238,7 +238,7 @@ FRAMING = {
     "a raw line end in a string": Row(body(message("a?b")).replace(b"?", b"\n"), "a\nb"),
     **{
         f"text {content!r} as it is": Row(stream(text(content)), content)
-        for content in ("null", "0", "[DONE]", "{}", "<html>", " ", "\n", "\0", "\x1b[31m")
+        for content in ("null", "0", "[DONE]", "{}", "<html>", "\0", "\x1b[31m")
     },
 }
 
@@ -272,6 +272,7 @@ END = {
     **{f"nothing but {reply}": Row(reply, error=EMPTY) for reply in NOTHING},
     "a reason without text": Row(event(choice({}, "x")), error=f"{EMPTY} (finish reason: x); the reply begins: "),
     "a whole completion without text": Row(body(message("")), error=EMPTY),
+    "white space alone": Row(stream(text(" "), text("\n")), " \n", error=EMPTY),
     "cut within an event": Row(A + B[:20], "a", error=INCOMPLETE + "the reply ends within an event"),
     "cut within the first event": Row(A[:20], error=UNREAD),
 }
@@ -490,6 +491,7 @@ NAMED = b"event: error\ndata: "
 DEATHS: dict[str, Any] = {
     "event: error, an object": NAMED + b'{"code": 500, "detail": "no GPU"}\n\n',
     "event: error, no spaces": b'event:error\ndata:{"status": "no GPU"}\n\n',
+    "event: error, an error in it": NAMED + b'{"type": "error", "error": {"code": 529, "message": "no GPU"}}\n\n',
     "event: error, a string": NAMED + b'"no GPU"\n\n',
     "event: error, a chunk": NAMED + b'{"choices": [], "reason": "no GPU"}\n\n',
     "event: error, bare JSON": b'event: error\n{"message": "no GPU"}\n\n',
@@ -928,8 +930,8 @@ def test_any_text_comes_back(example: tuple[list[str], tuple[bytes, list[bytes]]
     texts, (_, pieces) = example
     outcome = read(*pieces)
     assert outcome.text == "".join(texts)
-    assert outcome.error.startswith(EMPTY if not any(texts) else "")
-    assert bool(outcome.error) != any(texts)
+    assert outcome.error.startswith("" if outcome.text.strip() else EMPTY)
+    assert bool(outcome.error) != bool(outcome.text.strip())
 
 
 SOME_WORDS = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=8)
@@ -950,4 +952,4 @@ def test_any_mixture_gives_all_the_text_and_a_word_about_the_rest(values: list[t
     written = {wanted: "".join(v for kind, v in values if kind == wanted) for wanted in WRITTEN}
     assert {kind: "".join(outcome.all_of(kind)) for kind in WRITTEN} == written
     foreign = any(kind == "foreign" for kind, _ in values)
-    assert bool(outcome.error or outcome.warnings) == (foreign or not written["text"])
+    assert bool(outcome.error or outcome.warnings) == (foreign or not written["text"].strip())

@@ -139,7 +139,7 @@ def test_a_base_url_that_is_none_is_an_error_that_names_the_variable(
     """What is no http(s) URL with a host, or has a password, goes nowhere, and no password is repeated."""
     monkeypatch.setenv("AUTONOMOUS_BASE_URL", base)
     answer = ask("hi")
-    wanted = "AUTONOMOUS_BASE_URL must be an http:// or https:// URL with a host and without a password"
+    wanted = "AUTONOMOUS_BASE_URL must be an http:// or https:// URL with a host, and no password or query"
     assert answer.line.startswith(wanted)
     assert "hunter2" not in "".join(traceback.format_exception(answer.error))
     assert service.get_requests() == []

@@ -90,6 +90,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "list instead of the object around it": (DOGS, f"[{CLEO}, {REX}]", {"items": [strict(CLEO), strict(REX)]}),
     "such a list among words": (DOGS, f"These: [{CLEO}] are they.", {"items": [strict(CLEO)]}),
     "such a list that is empty": (DOGS, "[]", {"items": []}),
+    "another list after the object": (DOGS, f'{{"items": [{CLEO}]}}, not [{REX}] [1].', {"items": [strict(CLEO)]}),
     "nested": (TREE, json.dumps({"name": "root", "nodes": [LEAF]}), {"name": "root", "nodes": [LEAF]}),
     "list where an object may be as well": ({"required": ["items"]}, "[1]", [1]),
     "list": ({"type": "array", "items": DOG}, f"[{CLEO}, {CLEO}]", [strict(CLEO)] * 2),
@@ -219,7 +220,7 @@ def test_schema_that_is_wrong_is_an_error_before_anything_is_sent(
     schema: dict[str, Any], ask: Ask, server: Loopback
 ) -> None:
     """The line says what is wrong with it."""
-    assert ask(schema=schema).line.startswith("the schema is no JSON schema: ")
+    assert ask(schema=schema).line.startswith("the schema is not a valid JSON schema: ")
     assert server.requests == []
 
 

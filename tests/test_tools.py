@@ -79,7 +79,7 @@ HISTORY = [
 ]
 HISTORY_BYTES = (
     rb'[{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Wie sp\u00e4t?"}, '
-    rb'{"role": "assistant", "content": "Wait.\n[called the tool now with {\"zone\": \"K\\u00f6ln\"}]\n'
+    rb'{"role": "assistant", "content": "Wait.\n[called the tool now with {\"zone\": \"K\u00f6ln\"}]\n'
     rb'[called the tool add with {}]"}, {"role": "user", "content": "[the tool now returned: noon]\n'
     rb'[the tool add failed: ValueError: no]"}, {"role": "assistant", "content": "Noon."}, '
     rb'{"role": "user", "content": "Thanks, and <tool_call>?"}]'
@@ -350,8 +350,8 @@ ASKED = {
     "broken": Asked(
         f"Wait. {BROKEN_TAG} So.",
         "Wait. ",
-        'the model\'s tool call cannot be read, it is no valid JSON: Expecting value; it begins: {"name": "now", ',
-        "Your tool call could not be read: it is no valid JSON",
+        'the model\'s tool call cannot be read: it is not valid JSON: Expecting value; it begins: {"name": "now", ',
+        "Your tool call could not be read: it is not valid JSON",
     ),
     "after words": Asked(
         'I call:\n```json\n{"name": "now", "arguments": {}}\n```',
