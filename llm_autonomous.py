@@ -640,8 +640,8 @@ class Completion:
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
         begun = self._in_deltas or self.whole  # some text has come, or the end
-        died = isinstance(chunk, str) and (mentions_error(chunk) or (isinstance(chunk, Words) and not self.whole))
-        if begun and died:  # these are the last words of a server or a proxy
+        says_error = isinstance(chunk, str) and mentions_error(chunk)
+        if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # the server or a proxy has died
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
         # filled() turns any other value into an unknown field.
         fields, is_chunk = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
@@ -671,13 +671,13 @@ class Completion:
         for inner in unusual.values():
             if isinstance(inner, dict) and (error := reported_error(inner)):
                 raise error
-        # Beside a finish reason, a choice says more about the end, such as a stop_reason.
-        unknown = holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS)
-        if not unknown and holds_more(fields, CHUNK_FIELDS):
-            # An unknown field beside a choice or usage, or before any text, is about the request, if it is no error.
-            about_request = is_chunk and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
-            unknown = not about_request or mentions_error(chunk)
-        return not unknown
+        # Is there an unknown field that may be a part of the answer? Beside a finish reason, other fields of the choice
+        # are about the end, such as stop_reason.
+        if holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS):
+            return False
+        # In a chunk with a choice or usage, or before any text, a field that is no error is about the request.
+        about_request = is_chunk and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
+        return not holds_more(fields, CHUNK_FIELDS) or (about_request and not mentions_error(chunk))
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
         """Keep what a chunk says about the answer as a whole, and return whether there is a finish reason."""
@@ -1031,12 +1031,12 @@ def schema_validator(schema: dict[str, Any]) -> Any:
     import referencing
 
     try:
-        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        kind.check_schema(schema)
+        validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        validator_class.check_schema(schema)
     except Exception as error:  # jsonschema does not foresee every way in which a schema can be wrong
         reason = quoted(getattr(error, "message", str(error)))
         raise AutonomousError(f"the schema is not a valid JSON schema: {reason}; nothing was sent") from None
-    return kind(schema, registry=referencing.Registry())  # which, unlike the default, never fetches a $ref
+    return validator_class(schema, registry=referencing.Registry())  # which, unlike the default, never fetches a $ref
 
 
 def matching_json(text: str, validator: Any) -> str:
@@ -1380,8 +1380,8 @@ class Exchange:
 
     def attempts(self) -> Iterator[Attempt]:
         """One attempt after another, for as long as trying again may help. Raises the error of the last."""
-        kind, limit = self.model.attempt_type, self.model.attempts
-        attempt = kind(self)
+        limit = self.model.attempts
+        attempt = self.model.attempt_type(self)
         yield attempt
         while error := attempt.error:
             number = attempt.number
@@ -1395,7 +1395,7 @@ class Exchange:
             else:
                 raise shown from attempt.failure
             logger.info("%s; %s", shown, step)
-            attempt = kind(self, number + 1, wait, corrected)
+            attempt = self.model.attempt_type(self, number + 1, wait, corrected)
             yield attempt
         self._report(attempt)
 
@@ -1736,9 +1736,9 @@ def new_http_client(key: ClientKey) -> Any:
     import httpx
 
     logging.getLogger("httpcore.socks").setLevel(logging.INFO)  # at DEBUG it logs the proxy's password
-    kind: Any = httpx.AsyncClient if key.loop else httpx.Client
+    client_class: Any = httpx.AsyncClient if key.loop else httpx.Client
     try:
-        return kind(
+        return client_class(
             verify=ssl_context(*key.certificates),
             # To httpx the two are the same, but before 0.28 it rejects socks5h.
             proxy=key.proxy.replace("socks5h://", "socks5://", 1) or None,
