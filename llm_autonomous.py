@@ -1520,9 +1520,10 @@ class Attempt:
             pieces = self._decode(b"", end=True)
             self.error = self._problem()
         problem = self.error
-        if self.yielded or not problem:  # held text comes before an error, unless it may be tried again
+        if self.yielded or not problem:  # held text is shown before an error, unless the prompt may be tried again
             pieces += self._parse([], end=True)
-        self.error = problem or (self.error and explained(self.error, self.completion.finish_reason))
+        if self.error and not problem:  # then it is the model's mistake
+            self.error = explained(self.error, self.completion.finish_reason)
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
