@@ -197,8 +197,8 @@ AFTER_RESULTS = "Use these results to answer my request. If you still need anoth
 EMPTY_CORRECTION = "Your reply was empty. Answer my request with the results of the tools."
 MADE_UP_RESULT = "No tool was called. Call a tool in <tool_call> and </tool_call>, or answer without one."
 CALL_AFTER_WORDS = """\
-Your answer ends with a tool call. If you want to call the tool, reply with that call alone, between <tool_call> and \
-</tool_call>. If you do not, answer without it."""
+Your answer contains a tool call. If you want to call tools, reply with all your calls and no other words, each call \
+between <tool_call> and </tool_call>. If you do not, answer without them."""
 BROKEN_CALL = """\
 Your tool call could not be read: {problem}. Answer again, with each call as JSON between <tool_call> and \
 </tool_call>."""

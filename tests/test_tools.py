@@ -357,7 +357,7 @@ ASKED = {
         'I call:\n```json\n{"name": "now", "arguments": {}}\n```',
         "I call:\n",
         'the answer holds a tool call that is not marked as one; it begins: {"name": "now", "arguments": {}}',
-        "Your answer ends with a tool call",
+        "Your answer contains a tool call",
     ),
     "made-up result": Asked(
         "<tool_response>midnight</tool_response> It is midnight.",
