@@ -169,10 +169,9 @@ def parse_url(text: str, schemes: Collection[str]) -> httpx.URL | None:
 
     try:
         url = httpx.URL(text)
-        usable = url.scheme in schemes and url.host and (url.port is None or 0 < url.port < 65536)
-    except (httpx.InvalidURL, ValueError):  # a ValueError if the host is no IDNA name
+        return url if url.scheme in schemes and url.host and (url.port is None or 0 < url.port < 65536) else None
+    except (httpx.InvalidURL, ValueError):  # a ValueError if the host is not an IDNA name
         return None
-    return url if usable else None
 
 
 # Chosen by measurement: tests/README.md has the wordings that were tried, and what a real model did with each.
@@ -806,16 +805,17 @@ class ToolCallParser:
 
     A call is a JSON object with the name of an offered tool and an object of arguments. It is taken at the start of the
     answer, in a tag, or after another call. The model is asked once about a call on a line of its own or in a code
-    fence after words, about one that cannot be read, and about a made-up result. Everything else is text and comes out
-    unchanged, except for white space next to a call.
+    fence after words, about a made-up result, and about a call that cannot be read. If it was `asked` already, the
+    calls before that one count. Everything else is text and comes out unchanged, but for white space next to a call.
 
     Where a call may begin, up to `MAX_HELD` characters are held until that is clear. Once one seems to begin, all that
     follows is held until the end, because the model may have to write all calls again. `feed` never raises: the problem
     is left in `error`, with a correction for the model. The cost is O(n), however the text was cut.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], asked: bool = False) -> None:
         self.names = frozenset(names)
+        self.asked = asked  # the answer is a correction
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
         self._held = io.StringIO()  # up to MAX_HELD characters that were passed on, and all that was not
@@ -844,7 +844,7 @@ class ToolCallParser:
                 with contextlib.suppress(AutonomousError):
                     self._split()
         try:
-            return passed + self._split() if end and not self.error else passed
+            return passed + self._split(self.asked) if end and not self.error else passed
         except AutonomousError as error:
             self.error = error
             return passed
@@ -879,7 +879,7 @@ class ToolCallParser:
         )
         return wrapping if seems_a_call else None
 
-    def _split(self) -> list[Any]:
+    def _split(self, lenient: bool = False) -> list[Any]:
         """The calls in what is held, and the text around them. Raises if the model has to be asked to correct it."""
         text = self._held.getvalue()
         pieces: list[Any] = []
@@ -895,7 +895,15 @@ class ToolCallParser:
             begin = place + wrapping.end()
             if text.startswith(RESULT_TAG, begin):
                 raise misread("the model made up the result of a tool", text[begin:], MADE_UP_RESULT)
-            calls, end = self._read_calls(text, begin, wrapping)
+            calls: list[llm.ToolCall] = []
+            try:
+                end = self._read_calls(text, begin, wrapping, calls)
+            except AutonomousError as error:
+                if not (lenient and (calls or pieces)):
+                    raise
+                # It may need the result of a call before it, and the model can make it once it has that.
+                warn("a tool call was left out: %s", error)
+                text, end = text[:place], place
             if calls:
                 end = skip(CLOSING + (CLOSING_FENCE + CLOSING if wrapping["fence"] else ""), text, end)
                 tag = wrapping["tag"] or wrapping["function"]
@@ -903,21 +911,19 @@ class ToolCallParser:
                     pieces += [text[start:place], *calls]
                     start, next_call = end, skip(r"\s*", text, end)
                 elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):  # alone on its line
-                    problem = "the answer holds a tool call that is not marked as one"
-                    raise misread(problem, text[begin:], CALL_AFTER_WORDS)
+                    raise misread("the answer holds a tool call without tags", text[begin:], CALL_AFTER_WORDS)
             place = end
         pieces.append(text[start:])
         return [each for each in pieces if not isinstance(each, str) or each.strip() or (each and len(pieces) == 1)]
 
-    def _read_calls(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[llm.ToolCall], int]:
-        """The calls at ``place``, one after another or in lists, and the position after the last.
+    def _read_calls(self, text: str, place: int, wrapping: re.Match[str], calls: list[llm.ToolCall]) -> int:
+        """Add the calls at ``place``, one after another or in lists, to ``calls``. Returns the position after the last.
 
         If the first value is no call, there are none, and the position is the one after that value. In `OWN_TAGS` all
         values have to be calls. A value after a call is a call too if it has a name, whether that is offered or not.
         """
         tag, function = wrapping["tag"] or "", wrapping["function"]
         name_suffices = re.search("tool|function|call", tag)  # without arguments
-        calls: list[llm.ToolCall] = []
         end, next_value = place, place
         try:
             while not calls or re.compile(r"(\[\s*)?\{").match(text, next_value):
@@ -929,14 +935,14 @@ class ToolCallParser:
                 offered = any(name in self.names and (name_suffices or given is not None) for name, given, _ in fields)
                 meant = tag in OWN_TAGS or ((calls or offered) and all(name for name, _, _ in fields))
                 if not meant or any(is_definition for _, _, is_definition in fields):
-                    return calls, (end if calls else after)
+                    return end if calls else after
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
         except (ValueError, RecursionError) as error:
             problem = f"it is not valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-            begin, correction = text[place:] or wrapping[0], BROKEN_CALL.format(problem=problem)
+            begin, correction = text[next_value:] or wrapping[0], BROKEN_CALL.format(problem=problem)
             raise misread(f"the model's tool call cannot be read: {problem}", begin, correction) from None
-        return calls, end
+        return end
 
 
 OWN_TAGS = ("tool_call", "tools", "python_tag")  # what the model is asked to use, what is around the tools, and Llama's
@@ -1206,8 +1212,7 @@ def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> Au
 
     A message without any code is one if ``message_suffices``.
     """
-    messages = [fields[key] for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list))]
-    message = any(map(is_error_value, messages))
+    message = any(is_error_value(fields[key]) for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list)))
     code = fields.get("code", fields.get("status_code"))
     failed = message and (message_suffices if code is None else is_error_value(code))
     if failed or is_error_value(fields.get("error")) or is_error_value(fields.get("errors")):
@@ -1237,13 +1242,10 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
             f"Set {BASE_URL_VARIABLE} if that is the right one"
         )
     words = body.decode("utf-8", "replace").lstrip("\ufeff").strip()
-    if page := words.startswith("<"):
-        words = page_words(words)
-    else:
-        with contextlib.suppress(ValueError, RecursionError):  # then it is plain text
-            words = error_words(json.loads(words))
-        words = quoted(words)
-    message = f"{status}: {words}" if words else status
+    page = words.startswith("<")
+    with contextlib.suppress(ValueError, RecursionError):  # then it is plain text
+        words = page_words(words) if page else error_words(json.loads(words))
+    message = f"{status}: {quoted(words)}" if words else status
     if (retry_after := parse_retry_after(reply.headers.get("retry-after", ""))) is not None:
         message += f"; it asks to wait {retry_after:.0f} s"
     retryable, outage = reply.status_code in RETRY_STATUSES, page or reply.status_code >= 500
@@ -1461,7 +1463,7 @@ class Attempt:
         self.wait = wait  # seconds to wait before sending it
         self.corrected = corrected  # the attempt whose answer the model is asked to correct
         self.framing, self.completion, self.thinking = Framing(), Completion(), Thinking()
-        self.parser = ToolCallParser({tool.name for tool in exchange.tools}) if exchange.tools else None
+        self.parser = ToolCallParser({t.name for t in exchange.tools}, bool(corrected)) if exchange.tools else None
         self.refusal: httpx.Response | None = None  # status and headers, if the status is not 2xx
         self.beginning = b""  # of the body, to be quoted in an error
         self.written = io.StringIO()  # everything the model wrote, if it may have to be corrected

@@ -356,7 +356,7 @@ ASKED = {
     "after words": Asked(
         'I call:\n```json\n{"name": "now", "arguments": {}}\n```',
         "I call:\n",
-        'the answer holds a tool call that is not marked as one; it begins: {"name": "now", "arguments": {}}',
+        'the answer holds a tool call without tags; it begins: {"name": "now", "arguments": {}}',
         "Your answer contains a tool call",
     ),
     "made-up result": Asked(
@@ -400,6 +400,24 @@ def test_model_is_asked_once(asked: Asked, chain: Chain, server: Loopback) -> No
     assert str(chained.error).isprintable()
     assert "".join(chained.chunks).split() == (asked.seen * 2).split()
     assert len(server.requests) == 2
+
+
+NEEDS_A_RESULT = '{"name": "now", "arguments": {"zone": <zone>}}'
+FENCED = f'```json\n{{"name": "now", "arguments": {{}}}}\n{NEEDS_A_RESULT}\n```'
+
+
+@pytest.mark.parametrize("written", [f"{NOW_TAG}\n<tool_call>{NEEDS_A_RESULT}</tool_call>", FENCED])
+def test_calls_before_one_that_cannot_be_read_are_made(
+    written: str, chain: Chain, server: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model is asked once. If it writes the same again, the first call is made, and a warning names the other."""
+    server.answers += [texts(written), texts(written), speak()]
+    chained = chain("Hello", tools=[now])
+    assert (chained.calls, chained.text) == ([[("now", {})], []], "llama: now said noon")
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "left out" in warning
+    assert f"it begins: {NEEDS_A_RESULT}" in warning
+    assert [len(request.messages) for request in server.requests] == [2, 4, 4]
 
 
 def test_empty_reply_after_results_is_put_to_the_model_once(
