@@ -100,16 +100,12 @@ class ServiceModel(NamedTuple):
     name: str  # goes into `aiAgent` and `threadId`
     endpoint: str  # below /api/v1/ai/
     backend: str  # the model that it runs; also an alias, if that is free
-    own_aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...]
     attachment_types: frozenset[str] = frozenset()
 
     @property
     def model_id(self) -> str:
         return f"autonomous-{self.name}"
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        return (*self.own_aliases, f"autonomous-{self.backend}")
 
 
 # The types of images that can be sent, and the names that others have for them.
@@ -117,11 +113,13 @@ IMAGE_TYPES = {name: name for name in ("image/png", "image/jpeg", "image/webp", 
 IMAGE_TYPES |= {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
 
 SERVICE_MODELS = (
-    ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous",)),
-    ServiceModel("qwen_coder", "chat", "qwen-2.5-coder-32b", ("autonomous-qwen-coder",)),
-    ServiceModel("hermes", "chat-hermes", "hermes-3"),
-    ServiceModel("vision", "chat-vision", "llama-3.2-90b", attachment_types=frozenset(IMAGE_TYPES)),
-    ServiceModel("summary", "summary", "llama-3.2-70b"),
+    ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous", "autonomous-llama-3.3-70b")),
+    ServiceModel(
+        "qwen_coder", "chat", "qwen-2.5-coder-32b", ("autonomous-qwen-coder", "autonomous-qwen-2.5-coder-32b")
+    ),
+    ServiceModel("hermes", "chat-hermes", "hermes-3", ("autonomous-hermes-3",)),
+    ServiceModel("vision", "chat-vision", "llama-3.2-90b", ("autonomous-llama-3.2-90b",), frozenset(IMAGE_TYPES)),
+    ServiceModel("summary", "summary", "llama-3.2-70b", ("autonomous-llama-3.2-70b",)),
 )
 
 
@@ -421,7 +419,7 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
     host = f"[{url.host}]" if ":" in url.host else url.host
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     unproxied = {entry.strip() for entry in proxies.get("no", "").split(",")}
-    # proxy_bypass is slow, as it reads the whole environment again.
+    # proxy_bypass comes last because it is slow: it reads the whole environment again.
     if not proxy or "*" in unproxied or any(map(urllib.request.proxy_bypass, (url.host, f"{host}:{port}"))):
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
@@ -651,7 +649,7 @@ class Completion:
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # In a chunk without choices (filled() drops []), or after some text, a message needs no code to be an error.
+        # Without a choice, after some text or if choices is empty, a message needs no code to be an error.
         no_choice = "choices" not in fields and (begun or is_chunk)
         if unusual and (error := reported_error(all_fields, message_suffices=no_choice)):
             raise error
@@ -662,7 +660,7 @@ class Completion:
         self._add("reasoning", reasoning, end=bool(text))
         self._add("text", text)
         self._in_deltas = self._in_deltas or bool(text and (not message or "content" in delta))
-        self.whole = finished or bool(message and not delta) or (self.whole and not text)
+        self.whole = finished or bool(message and not delta) or (self.whole and not text)  # more text takes it back
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
         if text or reasoning:
@@ -806,7 +804,7 @@ class ToolCallParser:
     A call is a JSON object with the name of an offered tool and an object of arguments. It is taken at the start of the
     answer, in a tag, or after another call. The model is asked once about a call on a line of its own or in a code
     fence after words, about a made-up result, and about a call that cannot be read. If it was `asked` already, the
-    calls before that one count. Everything else is text and comes out unchanged, but for white space next to a call.
+    calls before a broken one count. All else is text and comes out unchanged, except for white space next to a call.
 
     Where a call may begin, up to `MAX_HELD` characters are held until that is clear. Once one seems to begin, all that
     follows is held until the end, because the model may have to write all calls again. `feed` never raises: the problem
@@ -872,8 +870,7 @@ class ToolCallParser:
         seems_a_call = (
             wrapping["function"] in self.names
             or (first and value.startswith(RESULT_TAG))
-            or (own and value.startswith(("{", "[")))
-            or (own and first and not value)  # the tag is all there is so far
+            or (own and (first or value.startswith(("{", "["))))
             or ((own or (first and not wrapping[0])) and self._in_code.match(value))
             or self._in_json.match(value)
         )
@@ -903,9 +900,9 @@ class ToolCallParser:
                     raise
                 # It may need the result of a call before it, and the model can make it once it has that.
                 warn("a tool call was left out: %s", error)
-                text, end = text[:place], place
+                text, end = text[:place], place  # which ends the loop
             if calls:
-                end = skip(CLOSING + (CLOSING_FENCE + CLOSING if wrapping["fence"] else ""), text, end)
+                end = skip(CLOSING + (r"(\s*```)?" + CLOSING if wrapping["fence"] else ""), text, end)
                 tag = wrapping["tag"] or wrapping["function"]
                 if tag or place == next_call or begins_answer(text, place):
                     pieces += [text[start:place], *calls]
@@ -919,11 +916,11 @@ class ToolCallParser:
     def _read_calls(self, text: str, place: int, wrapping: re.Match[str], calls: list[llm.ToolCall]) -> int:
         """Add the calls at ``place``, one after another or in lists, to ``calls``. Returns the position after the last.
 
-        If the first value is no call, there are none, and the position is the one after that value. In `OWN_TAGS` all
+        If the first value is no call, nothing is added, and the position is the one after it. In `OWN_TAGS`, all
         values have to be calls. A value after a call is a call too if it has a name, whether that is offered or not.
         """
         tag, function = wrapping["tag"] or "", wrapping["function"]
-        name_suffices = re.search("tool|function|call", tag)  # without arguments
+        name_suffices = re.search("tool|function|call", tag)  # no arguments are needed
         end, next_value = place, place
         try:
             while not calls or re.compile(r"(\[\s*)?\{").match(text, next_value):
@@ -954,7 +951,6 @@ WRAPPING = (
 )
 # What models leave after a call: brackets and closing tags.
 CLOSING = r"([\s;,]*([}\]]|</[\w-]*>?|<\|/?(?!python_tag)\w*\|?>?))*"
-CLOSING_FENCE = r"(\s*```)?"
 CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
 JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
 # A bracket, or a string, even an unfinished one.
@@ -962,10 +958,8 @@ TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
 
 
 def find_opening(text: str, start: int, next_call: int = -1) -> int:
-    """The first place from ``start`` on where a call may begin, or the length of the text.
-
-    It may begin at a tag, at a fence, or at a bracket that begins a line or follows a call.
-    """
+    """The first place from ``start`` on where a call may begin, or the length of the text."""
+    # At a tag, at a fence, or at a bracket that begins a line or follows a call.
     for found in re.compile(r"<(?=[|\w]|\Z)|```|`{1,2}\Z|[{\[]").finditer(text, start):
         place = found.start()
         line = text[max(0, place - MAX_HELD) : place].rpartition("\n")[2]
@@ -1033,13 +1027,13 @@ def with_escapes(text: str) -> str:
 
 def schema_validator(schema: dict[str, Any]) -> Any:
     """A validator for answers to ``schema``. Raises if that is not a valid schema."""
-    import jsonschema  # here, since importing it takes longer than importing everything else
+    import jsonschema  # imported here, as it is slower than all other imports together
     import referencing
 
     try:
         validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         validator_class.check_schema(schema)
-    except Exception as error:  # jsonschema does not foresee every way in which a schema can be wrong
+    except Exception as error:  # some wrong schemas make jsonschema itself fail
         reason = quoted(getattr(error, "message", str(error)))
         raise AutonomousError(f"the schema is not a valid JSON schema: {reason}; nothing was sent") from None
     return validator_class(schema, registry=referencing.Registry())  # which, unlike the default, never fetches a $ref
@@ -1049,8 +1043,9 @@ def matching_json(text: str, validator: Any) -> str:
     """The last JSON value in an answer that matches the schema. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
-    mismatch, copied, values = "", False, [*find_json(text)]
-    for value, written in values[::-1]:
+    mismatch, found = "", [*find_json(text)]
+    values = [(value, written) for value, written in found if not repeats(validator.schema, value)]
+    for value, written in sorted(values, key=lambda each: each[0] != {})[::-1]:  # {} comes last, as it is hardly meant
         try:
             # If the schema wants an object whose one required field is a list, models may write that list and no more.
             required = validator.schema.get("required", [])
@@ -1064,16 +1059,20 @@ def matching_json(text: str, validator: Any) -> str:
                 if sum(validator.is_valid(other) for other, _ in values) > 1:
                     warn("the answer holds several values that match the schema; only the last is kept")
             return with_escapes(written)
-        if isinstance(value, dict) and {"type", "properties"} <= value.keys():
-            copied = True
-        elif not mismatch:  # the last value is the one that was most likely meant
+        if not mismatch:  # the last value is the one that was most likely meant
             # jsonschema's own message shows values as Python writes them, which a model would copy. It has no
             # validator if the schema is just `false`.
             wanted = as_json({error.validator: error.validator_value} if error.validator else False)
             mismatch = quoted(f"at {error.json_path}, the schema has {wanted}")
-    problem = mismatch or ("it repeats the schema, without values" if copied else "it holds no JSON")
+    problem = mismatch or ("it repeats the schema, without values" if found else "it holds no valid JSON")
     correction = f"Your answer does not match the JSON schema: {problem}. {schema_instructions(validator.schema)}"
     raise misread(f"the answer does not match the schema: {problem}", text, correction)
+
+
+def repeats(schema: dict[str, Any], value: Any) -> bool:
+    """Whether a value is a copy of the schema, which describes properties instead of giving their values."""
+    described = value.get("properties") if isinstance(value, dict) else None
+    return isinstance(described, dict) and not described.keys().isdisjoint(schema.get("properties", ()))
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
@@ -1210,7 +1209,7 @@ def error_words(body: object) -> str:
 def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
     """The error that an object reports: ``error``, ``errors``, or a message beside a code that is no success.
 
-    A message without any code is one if ``message_suffices``.
+    A message without a code counts if ``message_suffices``.
     """
     message = any(is_error_value(fields[key]) for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list)))
     code = fields.get("code", fields.get("status_code"))
@@ -1365,13 +1364,14 @@ class Exchange:
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
         """The messages to send. Raises if the user has given nothing to answer."""
         in_json = schema_instructions(self.validator.schema) if self.validator else ""
-        # A model that knows the schema before it has the results makes them up.
-        instructions = tool_instructions(self.tools) if self.tools else in_json
+        instructions = tool_instructions(self.tools) if self.tools else in_json  # with both, models make results up
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        if conversation and prompt.system:  # on a later turn than the first, `llm` leaves it out of the messages
-            system = llm.Message(role="system", parts=[TextPart(prompt.system)])
-            given = given if system in given else [system, *(message for message in given if message.role != "system")]
+        # `llm` passes on the system prompt of the first turn alone. The last one that was given counts.
+        texts = [turn.prompt.system for turn in conversation.responses] + [prompt.system] if conversation else []
+        systems = [llm.Message(role="system", parts=[TextPart(text)]) for text in texts if text]
+        if systems and all(message in systems for message in given if message.role == "system"):
+            given = [systems[-1], *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # Our instructions alone are no prompt. In a conversation, a last message of the assistant is the previous
         # answer. Elsewhere, it is the beginning of an answer that the caller wants continued.
@@ -1522,7 +1522,7 @@ class Attempt:
             pieces = self._decode(b"", end=True)
             self.error = self._problem()
         problem = self.error
-        if self.yielded or not problem:  # held text is shown before an error, unless the prompt may be tried again
+        if self.yielded or not problem:  # after some text, no retry can follow, so held text is shown too
             pieces += self._parse([], end=True)
         if self.error and not problem:  # then it is the model's mistake
             self.error = explained(self.error, self.completion.finish_reason)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, schema_instructions
 
 REX = '{"name": "Rex, the larger one", "age": 1}'
+OPTIONAL = {"type": "object", "properties": DOG["properties"]}  # which any object matches
 DOGS = {"type": "object", "properties": {"items": {"type": "array", "items": DOG}}, "required": ["items"]}
 NODE = {"name": {"type": "string"}, "nodes": {"type": "array", "items": {"$ref": "#/$defs/Node"}}}
 TREE = {"$ref": "#/$defs/Node", "$defs": {"Node": {"type": "object", "properties": NODE, "required": [*NODE]}}}
@@ -90,6 +91,9 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "list instead of the object around it": (DOGS, f"[{CLEO}, {REX}]", {"items": [strict(CLEO), strict(REX)]}),
     "such a list among words": (DOGS, f"These: [{CLEO}] are they.", {"items": [strict(CLEO)]}),
     "such a list that is empty": (DOGS, "[]", {"items": []}),
+    "an empty object after it": (OPTIONAL, f"{CLEO} I used {{}} as the default.", strict(CLEO)),
+    "an empty object alone": (OPTIONAL, "{}", {}),
+    "the schema after it": (OPTIONAL, f"{CLEO}\n{json.dumps(OPTIONAL)}", strict(CLEO)),
     "another list after the object": (DOGS, f'{{"items": [{CLEO}]}}, not [{REX}] [1].', {"items": [strict(CLEO)]}),
     "nested": (TREE, json.dumps({"name": "root", "nodes": [LEAF]}), {"name": "root", "nodes": [LEAF]}),
     "list where an object may be as well": ({"required": ["items"]}, "[1]", [1]),
@@ -137,8 +141,9 @@ WRONG_AGE = '{"name": "Cleo", "age": "four"}'
 AGE = 'at $.age, the schema has {"type": "integer"}'
 LONG = json.dumps([{"name": "Cleo " * 50, "age": None}] * 4)
 COPIED = "it repeats the schema, without values"
-NONE = "it holds no JSON"
+NONE = "it holds no valid JSON"
 REJECTED = {  # a schema, what the model writes, and the problem
+    "the schema itself, which matches": (OPTIONAL, json.dumps({**OPTIONAL, "title": "Dog"}), COPIED),
     "missing key": (DOG, '{"name": "Cleo"}', 'at $, the schema has {"required": ["name", "age"]}'),
     "missing key around a list": (DOGS, f'{{"dogs": [{CLEO}]}}', 'at $, the schema has {"required": ["items"]}'),
     "wrong type": (DOG, WRONG_AGE, AGE),

@@ -227,7 +227,6 @@ TEXTS = {
     "tag cut off": "Write <tool_ca",
     "each prefix of a tag": " ".join("<tool_response>"[:n] + "|" + "<tools>"[:n] for n in range(16)),
     "tag in quotes": 'Between "<tool_call>" and "</tool_call>" stands JSON such as {"name": "add"}.',
-    "tag and much white space": f"<tool_call>{' ' * 400}{{}}",
     "closing tags": "</tool_call></tools></tool_response>",
     "a made-up result after words": 'See <tool_response>{"name": "add"}</tool_response> for it.',
     "a made-up result in JSON": '{"tool_response": {"result": 3}}',
@@ -281,7 +280,6 @@ TEXTS = {
     "brackets": "[[[[{",
     "a link": "[now](https://example.com) is the time.",
     "a function that is not offered": '<function=subtract>{"a": 1}</function>',
-    "python tag and code": "<|python_tag|>print(1)",
     "quotes": "'a' \"b\" 'c\" \\' \\\"",
     "no ASCII": "Привет < 𝄞 {é}\u2028[",
 }
@@ -305,6 +303,9 @@ ASKED: dict[str, tuple[str, Parts, str]] = {
     "no quotes": ("<tool_call>{name: add, arguments: {a: 1}}</tool_call>", [], "not valid JSON"),
     "a function without arguments": ("<function=now></function>", [], "not valid JSON"),
     "a function with parameters": ("So:\n<function=add>\n<parameter=a>1</parameter>", ["So:\n"], "not valid JSON"),
+    "tag and much white space": (f"<tool_call>{' ' * 400}{{}}", [], "not valid JSON"),
+    "a name alone in the tag": ("<tool_call>\nnow\n</tool_call>", [], "not valid JSON"),
+    "python tag and code": ("<|python_tag|>print(1)", [], "not valid JSON"),
     "a function in a tag": ("<tool_call>\n<function=add>\n<parameter=a>1</parameter>", [], "not valid JSON"),
     # Python, and other spellings of a function
     "Python's words": ("[add(a='x', b={}), now()]", [], ""),
