@@ -1367,11 +1367,11 @@ class Exchange:
         instructions = tool_instructions(self.tools) if self.tools else in_json  # with both, models make results up
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on the system prompt of the first turn alone. The last one that was given counts.
-        texts = [turn.prompt.system for turn in conversation.responses] + [prompt.system] if conversation else []
-        systems = [llm.Message(role="system", parts=[TextPart(text)]) for text in texts if text]
-        if systems and all(message in systems for message in given if message.role == "system"):
-            given = [systems[-1], *(message for message in given if message.role != "system")]
+        # `llm` passes on the system prompt of the first turn alone. The last one for this history counts.
+        turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
+        if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
+            system = llm.Message(role="system", parts=[TextPart(texts[-1])])
+            given = [system, *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # Our instructions alone are no prompt. In a conversation, a last message of the assistant is the previous
         # answer. Elsewhere, it is the beginning of an answer that the caller wants continued.

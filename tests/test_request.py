@@ -281,10 +281,10 @@ def test_a_system_prompt_counts_on_any_turn(before: dict[str, str], service: HTT
     """`llm` itself sends the one of the first turn alone. A later one takes its place, from then on."""
     chat = get_model("autonomous-llama").conversation()
     chat.prompt("hi", **before).text()
-    for settings in ({"system": "In French"}, {}):
+    written: dict[str, Any] = {"messages": [llm.Message(role="user", parts=[TextPart("hi there")])]}
+    for settings, sent in (({"system": "In French"}, ["In French"]), ({}, ["In French"]), (written, [])):
         chat.prompt("And?", **settings).text()
-        system = [m["content"] for m in messages_of(service.get_requests()[-1]) if m["role"] == "system"]
-        assert system == ["In French"]
+        assert [m["content"] for m in messages_of(service.get_requests()[-1]) if m["role"] == "system"] == sent
     assert [message["role"] for message in messages_of(service.get_requests()[1])] == [
         "system",
         "user",
