@@ -161,7 +161,8 @@ class AutonomousOptions(llm.Options):
         return proxy
 
 
-def parse_url(text: str, schemes: Collection[str]) -> httpx.URL | None:
+@functools.lru_cache
+def parse_url(text: str, schemes: tuple[str, ...]) -> httpx.URL | None:
     """The URL in ``text``, or None if it is no URL with a host and one of these schemes."""
     import httpx
 
@@ -541,7 +542,7 @@ class Framing:
         if cut:
             self.cut_off = rest
         elif rest.startswith(("{", "[", '"')):
-            raise not_understood(rest)
+            raise AutonomousError(f"the reply was not understood; it begins: {quoted(rest)}")
         elif rest:
             self._values.append(Words(rest))
 
@@ -620,9 +621,8 @@ class Completion:
                 understood = [self._read_chunk(chunk) for chunk in (value if isinstance(value, list) else [value])]
                 if self.not_understood is None and not all(understood):
                     self.not_understood = value
-            if end:
-                self._add("reasoning", "", end=True)
-                self._add("text", "", end=True)
+            for kind in ("reasoning", "text") if end else ():
+                self._add(kind, "", end=True)
         except AutonomousError as error:
             self.error = error
         pieces, self._pieces = self._pieces, []
@@ -1045,11 +1045,13 @@ def matching_json(text: str, validator: Any) -> str:
 
     mismatch, found = "", [*find_json(text)]
     values = [(value, written) for value, written in found if not repeats(validator.schema, value)]
-    for value, written in sorted(values, key=lambda each: each[0] != {})[::-1]:  # {} comes last, as it is hardly meant
+    own = validator.schema.get("properties", {}).keys()  # an object with none of these, such as {}, comes last
+    for value, written in sorted(values, key=lambda v: isinstance(v[0], dict) and not own.isdisjoint(v[0]))[::-1]:
         try:
-            # If the schema wants an object whose one required field is a list, models may write that list and no more.
-            required = validator.schema.get("required", [])
-            if isinstance(value, list) and len(required) == len(values) == 1 and not validator.is_valid(value):
+            # If the schema wants an object whose one required field is a list, models may write that list alone.
+            required, alone = validator.schema.get("required", []), rf"(?m)(^|:)[^\w\n]*{re.escape(written)}\W*$"
+            listed = isinstance(value, list) and len(required) == len(values) == 1 and re.search(alone, text)
+            if listed and not validator.is_valid(value):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
             error = best_match(validator.iter_errors(value))
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
@@ -1070,9 +1072,11 @@ def matching_json(text: str, validator: Any) -> str:
 
 
 def repeats(schema: dict[str, Any], value: Any) -> bool:
-    """Whether a value is a copy of the schema, which describes properties instead of giving their values."""
+    """Whether a value is a copy of the schema, which describes its properties, or of the example with its "..."."""
     described = value.get("properties") if isinstance(value, dict) else None
-    return isinstance(described, dict) and not described.keys().isdisjoint(schema.get("properties", ()))
+    if isinstance(described, dict) and not described.keys().isdisjoint(schema.get("properties", ())):
+        return True
+    return '"..."' in (written := as_json(value)) and schema_instructions(schema).endswith(f"\n{written}")
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
@@ -1092,6 +1096,9 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             yield value, text[start:end]
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
+            mended = re.sub(TOKEN + r"|,(?=\s*[}\]])", lambda token: token[0].removeprefix(","), text[start:end])
+            with contextlib.suppress(ValueError, RecursionError):  # if more is wrong than commas before brackets
+                yield decoder.decode(mended), mended
 
 
 def replace_surrogates(text: str) -> str:
@@ -1137,9 +1144,7 @@ class AutonomousError(llm.ModelError, click.ClickException):
 
     def for_user(self, url: httpx.URL, attempts: int = 1, checking: bool = False) -> AutonomousError:
         """The error as the user sees it, with the host and the number of attempts."""
-        message = f"{url.netloc.decode()}: {self.message}"
-        if attempts > 1:
-            message += f" ({attempts} attempts)"
+        message = f"{url.netloc.decode()}: {self.message}" + (f" ({attempts} attempts)" if attempts > 1 else "")
         if self.outage and f"https://{url.host}" == BASE_URL:
             message += ". The service is often down"
             message += "" if checking else "; `llm autonomous check` shows which models answer"
@@ -1167,10 +1172,6 @@ def explained(error: AutonomousError, reason: str) -> AutonomousError:
     message = f"the answer {cut_short} (finish reason: {reason}): {error}"
     correction = f"{SHORTER} {error.correction}" if at_limit and error.correction else error.correction
     return AutonomousError(message, outage=error.outage, correction=correction)
-
-
-def not_understood(start: str) -> AutonomousError:
-    return AutonomousError(f"the reply was not understood; it begins: {quoted(start)}")
 
 
 def too_large(what: str = "an event") -> AutonomousError:
@@ -1299,9 +1300,8 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
     if dropped:
         return AutonomousError("the connection was lost before any answer", retryable=True, outage=True)
-    if isinstance(error, (httpx.ProtocolError, httpx.DecodingError)):
-        return AutonomousError(f"the reply was not understood: {reason}")
-    return AutonomousError(f"the request failed: {reason}")
+    malformed = isinstance(error, (httpx.ProtocolError, httpx.DecodingError))
+    return AutonomousError(f"{'the reply was not understood' if malformed else 'the request failed'}: {reason}")
 
 
 # By OpenSSL's codes for what is wrong with a certificate.
@@ -1596,16 +1596,15 @@ class Attempt:
         if answered:
             return None
         if unknown is not None or self.framing.cut_off:
-            return not_understood(self.framing.cut_off or as_json(unknown))
-        message = "the answer was empty"
-        if self.thinking.reasoned:
-            message += ", after some reasoning"
+            beginning = quoted(self.framing.cut_off or as_json(unknown))
+            return AutonomousError(f"the reply was not understood; it begins: {beginning}")
+        message = "the answer was empty" + (", after some reasoning" if self.thinking.reasoned else "")
         reason = self.completion.finish_reason
         at_limit = re.search(LIMIT_REASON, reason)
         if reason and not at_limit:
             message += f" (finish reason: {reason})"
-        if beginning := self.beginning.strip().decode("utf-8", "replace"):
-            message += f"; the reply begins: {beginning}"
+        if body := self.beginning.strip().decode("utf-8", "replace"):
+            message += f"; the reply begins: {body}"
         correction = EMPTY_CORRECTION if self.exchange.new_results else None
         error = AutonomousError(quoted(message), outage=True, correction=correction)
         return explained(error, reason) if at_limit else error

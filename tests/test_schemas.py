@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from llm_autonomous import AFTER_RESULTS, EMPTY_CORRECTION, RESULT, schema_instructions
 
 REX = '{"name": "Rex, the larger one", "age": 1}'
+IDS = {"type": "object", "properties": {"ids": {"type": "array"}}, "required": ["ids"]}
 OPTIONAL = {"type": "object", "properties": DOG["properties"]}  # which any object matches
 DOGS = {"type": "object", "properties": {"items": {"type": "array", "items": DOG}}, "required": ["items"]}
 NODE = {"name": {"type": "string"}, "nodes": {"type": "array", "items": {"$ref": "#/$defs/Node"}}}
@@ -89,8 +90,13 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "no ASCII": (DOG, '{"name": "Клео 𝄞\u2028", "age": 4}', {"name": "Клео 𝄞\u2028", "age": 4}),
     "more than was asked for": (DOG, '{"name": "Cleo", "age": 4, "x": [{}]}', {"name": "Cleo", "age": 4, "x": [{}]}),
     "list instead of the object around it": (DOGS, f"[{CLEO}, {REX}]", {"items": [strict(CLEO), strict(REX)]}),
-    "such a list among words": (DOGS, f"These: [{CLEO}] are they.", {"items": [strict(CLEO)]}),
+    "such a list among words": (DOGS, f"I found one dog: [{CLEO}].", {"items": [strict(CLEO)]}),
+    "such a list on lines of its own": (IDS, "Here:\n```\n[4,\n5]\n```\nDone.", {"ids": [4, 5]}),
     "such a list that is empty": (DOGS, "[]", {"items": []}),
+    "a comma too many": (IDS, '{"ids": [4, 5,],}\n\nSource: [1]', {"ids": [4, 5]}),
+    "a comma too many, and commas in strings": (DOG, '{"name": "a,}b,]", "age": 4 , }', {"name": "a,}b,]", "age": 4}),
+    "our example after it": (DOG, f'{CLEO} Format: {{"name": "...", "age": 0}}', strict(CLEO)),
+    "an object with other keys after it": (OPTIONAL, f'{CLEO} {{"confidence": 0.9}}', strict(CLEO)),
     "an empty object after it": (OPTIONAL, f"{CLEO} I used {{}} as the default.", strict(CLEO)),
     "an empty object alone": (OPTIONAL, "{}", {}),
     "the schema after it": (OPTIONAL, f"{CLEO}\n{json.dumps(OPTIONAL)}", strict(CLEO)),
@@ -134,7 +140,7 @@ def test_other_values_that_match_are_not_left_out_in_silence(
 def test_reference_to_nowhere_that_the_answer_does_not_need_spoils_nothing(ask: Ask, server: Loopback) -> None:
     """The last value matches without it, though another value of the answer cannot be checked."""
     server.answer = texts('{"a": 1} {"b": 2}')
-    assert ask(schema={"properties": {"a": {"$ref": "#/nowhere"}}}).text == '{"b": 2}'
+    assert ask(schema={"properties": {"a": {"$ref": "#/nowhere"}, "b": {}}}).text == '{"b": 2}'
 
 
 WRONG_AGE = '{"name": "Cleo", "age": "four"}'
@@ -144,6 +150,11 @@ COPIED = "it repeats the schema, without values"
 NONE = "it holds no valid JSON"
 REJECTED = {  # a schema, what the model writes, and the problem
     "the schema itself, which matches": (OPTIONAL, json.dumps({**OPTIONAL, "title": "Dog"}), COPIED),
+    "our own example": (DOG, '{"name": "...", "age": 0}', COPIED),
+    **{
+        f"a list in the words {words}": (IDS, words, 'at $, the schema has {"type": "object"}')
+        for words in ('I cannot read data["name"].', "- [ ] search again", "According to [1], there are none.")
+    },
     "missing key": (DOG, '{"name": "Cleo"}', 'at $, the schema has {"required": ["name", "age"]}'),
     "missing key around a list": (DOGS, f'{{"dogs": [{CLEO}]}}', 'at $, the schema has {"required": ["items"]}'),
     "wrong type": (DOG, WRONG_AGE, AGE),
