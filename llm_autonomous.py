@@ -535,7 +535,8 @@ class Framing:
         if self._named_error:
             self._named_error = False
             # What the error says: words that are no JSON, or else its first value, or else nothing but its name.
-            self._values[before:] = [{"error": rest or next(filter(None, self._values[before:]), "event: error")}]
+            said = rest or next(filter(None, self._values[before:]), "event: error")
+            self._values[before:] = [{"error": said}]
             return
         if rest.startswith("<"):
             raise AutonomousError(page_words(rest), outage=True)
@@ -785,7 +786,7 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        self._held = f"<{tag}>{closing}"  # matched again with the next text: more of the tag or white space
+        self._held = f"<{tag}>{closing}"  # put back, so that the next text is matched as reasoning too
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
         return [*thought, text] if text else thought
@@ -861,7 +862,7 @@ class ToolCallParser:
         return [passed] if passed else []
 
     def _wrapping(self, text: str, place: int, next_call: int = -1) -> re.Match[str] | None:
-        """The tags, if any, before a call or made-up result that seems to begin at ``place``. None if none seems to."""
+        """The tags, if any, before what seems to be a call or a made-up result at ``place``; None if it is neither."""
         window = text[place : place + MAX_HELD]
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
@@ -1389,15 +1390,15 @@ class Exchange:
             number = attempt.number
             # Only `llm autonomous check` asks for a single attempt.
             shown = error.for_user(self.url, number, checking=limit == 1)
-            wait, corrected = 0.0, attempt.corrected
-            if error.correction and not corrected and number < limit:
-                step, corrected = "asking the model to correct it", attempt
+            wait, to_correct = 0.0, attempt.corrected
+            if error.correction and not to_correct and number < limit:
+                step, to_correct = "asking the model to correct it", attempt
             elif not attempt.yielded and (pause := retry_wait(error, number, limit)) is not None:
                 step, wait = f"trying again in {pause:.1f} s", pause
             else:
                 raise shown from attempt.failure
             logger.info("%s; %s", shown, step)
-            attempt = self.model.attempt_type(self, number + 1, wait, corrected)
+            attempt = self.model.attempt_type(self, number + 1, wait, to_correct)
             yield attempt
         self._report(attempt)
 

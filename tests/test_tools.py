@@ -6,14 +6,27 @@ import asyncio
 import base64
 import json
 import logging
-import os
 import re
-import signal
 from typing import Any, NamedTuple
 
 import llm
 import pytest
-from conftest import NOW_TAG, PNG, Ask, Chain, Start, cut, finish, invoke, now, output_until, refuse, run, texts
+from conftest import (
+    NOW_TAG,
+    PNG,
+    Ask,
+    Chain,
+    Start,
+    cut,
+    finish,
+    interrupt,
+    invoke,
+    now,
+    output_until,
+    refuse,
+    run,
+    texts,
+)
 from llm.parts import Message, TextPart, ToolCallPart, ToolResultPart, assistant, system, user
 from loopback import ENDPOINTS, Connection, Loopback, Request, delta, event, speak
 from proxies import until
@@ -591,7 +604,7 @@ def test_interrupt_while_a_call_is_held(kind: list[str], server: Loopback, start
     server.answer = answer
     process = start("llm", *CALL_NOW, *NOW_FUNCTION, *kind, url=server.url)
     assert output_until(process, "see. ") == "Let me see. "
-    os.kill(process.pid, signal.SIGINT)
+    interrupt(process)
     stdout, stderr, code = finish(process)
     assert "noon" not in stdout
     assert (stderr.strip(), code) == ("Aborted!", 1)
