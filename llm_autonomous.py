@@ -534,7 +534,7 @@ class Framing:
         self._held.clear()
         if self._named_error:
             self._named_error = False
-            # What the error says: words that are no JSON, or else its first value, or else nothing but its name.
+            # What the error says is the first of these: words that are no JSON, its first value, or its name.
             said = rest or next(filter(None, self._values[before:]), "event: error")
             self._values[before:] = [{"error": said}]
             return
@@ -568,7 +568,7 @@ class Framing:
 
 
 class Words(str):
-    """Words in a reply where JSON was expected."""
+    """Words in a reply that are neither JSON nor look like a field."""
 
 
 # Unlike JSON's own rules, this admits line breaks and other control characters within strings.
@@ -642,7 +642,7 @@ class Completion:
         if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # the server or a proxy has died
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
         # filled() turns any other value into an unknown field.
-        fields, is_chunk = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
+        fields, has_choices = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
         choices = fields.get("choices", [{}])
         choice = filled(choices[0] if isinstance(choices, list) else [choices])
         delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
@@ -650,8 +650,8 @@ class Completion:
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # Without a choice, after some text or if choices is empty, a message needs no code to be an error.
-        no_choice = "choices" not in fields and (begun or is_chunk)
+        # If there is no choice, and text has come or `choices` is empty, a message needs no code to be an error.
+        no_choice = "choices" not in fields and (begun or has_choices)
         if unusual and (error := reported_error(all_fields, message_suffices=no_choice)):
             raise error
         finished = self._read_outcome(all_fields)
@@ -674,7 +674,7 @@ class Completion:
         if holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS):
             return False
         # In a chunk with a choice or usage, or before any text, a field that is no error is about the request.
-        about_request = is_chunk and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
+        about_request = has_choices and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
         return not holds_more(fields, CHUNK_FIELDS) or (about_request and not mentions_error(chunk))
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
@@ -786,7 +786,7 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        self._held = f"<{tag}>{closing}"  # put back, so that the next text is matched as reasoning too
+        self._held = f"<{tag}>{closing}"  # if no text follows yet, the next text is matched as reasoning too
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
         return [*thought, text] if text else thought
@@ -814,14 +814,14 @@ class ToolCallParser:
 
     def __init__(self, names: Collection[str], asked: bool = False) -> None:
         self.names = frozenset(names)
-        self.asked = asked  # the answer is a correction
+        self.asked = asked  # the answer follows a correction
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
         self._held = io.StringIO()  # up to MAX_HELD characters that were passed on, and all that was not
         self._passed = 0  # the length of the part of _held that was passed on
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the end of the text since then, in which RESULT_TAG is looked for
-        # A call begins with {"name": "add" or {"type": … "add" or, in code, with <function=add= or [add( or {'add'
+        # A call begins with {"name": "add" or {"type": … "add" or, in code, with <function=add or [add( or {'add'
         name = "|".join(map(re.escape, sorted(self.names)))
         keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
         self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
@@ -839,7 +839,7 @@ class ToolCallParser:
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
             if RESULT_TAG in self._recent:
-                # Sets `finished` if the tag follows the calls and is not in an argument. The end returns the calls.
+                # Only to set `finished`, if the tag follows the calls and is not in an argument.
                 with contextlib.suppress(AutonomousError):
                     self._split()
         try:
@@ -899,7 +899,7 @@ class ToolCallParser:
             except AutonomousError as error:
                 if not (lenient and (calls or pieces)):
                     raise
-                # It may need the result of a call before it, and the model can make it once it has that.
+                # The call may need the result of one before it. The model can make it again once it has that result.
                 warn("a tool call was left out: %s", error)
                 text, end = text[:place], place  # which ends the loop
             if calls:
@@ -915,7 +915,7 @@ class ToolCallParser:
         return [each for each in pieces if not isinstance(each, str) or each.strip() or (each and len(pieces) == 1)]
 
     def _read_calls(self, text: str, place: int, wrapping: re.Match[str], calls: list[llm.ToolCall]) -> int:
-        """Add the calls at ``place``, one after another or in lists, to ``calls``. Returns the position after the last.
+        """Add the calls at ``place``, one after another or in lists, to ``calls``. Return the position after the last.
 
         If the first value is no call, nothing is added, and the position is the one after it. In `OWN_TAGS`, all
         values have to be calls. A value after a call is a call too if it has a name, whether that is offered or not.
@@ -1046,7 +1046,7 @@ def matching_json(text: str, validator: Any) -> str:
 
     mismatch, found = "", [*find_json(text)]
     values = [(value, written) for value, written in found if not repeats(validator.schema, value)]
-    own = validator.schema.get("properties", {}).keys()  # an object with none of these, such as {}, comes last
+    own = validator.schema.get("properties", {}).keys()  # objects with some of these come first, unlike {}
     for value, written in sorted(values, key=lambda v: isinstance(v[0], dict) and not own.isdisjoint(v[0]))[::-1]:
         try:
             # If the schema wants an object whose one required field is a list, models may write that list alone.
@@ -1165,7 +1165,7 @@ def warn(message: str, *values: object) -> None:
 
 
 def explained(error: AutonomousError, reason: str) -> AutonomousError:
-    """The error, after what an unusual finish reason says about the answer."""
+    """The error, with what an unusual finish reason says about the answer put before it."""
     if not reason or re.search(USUAL_FINISH_REASON, reason):
         return error
     at_limit = re.search(LIMIT_REASON, reason)
@@ -1294,8 +1294,8 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
             reason = "the connection was closed during the TLS handshake"
         # If a proxy could not connect, the reason begins with its HTTP status or, for SOCKS, with httpcore's words.
         status = re.match(r"[0-9]{3}\b", reason)
-        passing = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
-        retryable = passing or not isinstance(error, httpx.ProxyError)
+        temporary = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
+        retryable = temporary or not isinstance(error, httpx.ProxyError)
         return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
@@ -1368,7 +1368,7 @@ class Exchange:
         instructions = tool_instructions(self.tools) if self.tools else in_json  # with both, models make results up
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on the system prompt of the first turn alone. The last one for this history counts.
+        # `llm` keeps the first system prompt alone. The last one of the turns that begin as this one does counts.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
         if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(texts[-1])])
@@ -1723,7 +1723,7 @@ async def async_client(proxy: str) -> Client:
 async def _live(client: Client) -> AsyncGenerator[None, None]:
     """Closes an async client when it is no longer needed or its event loop shuts down.
 
-    A loop then closes every async generator that was started in it. There is no other way to learn of it in time.
+    When a loop shuts down, it closes every async generator that was started in it. Nothing else tells us in time.
     """
     try:
         yield
