@@ -323,10 +323,10 @@ def read_parts(parts: list[Part], images: bool, tools: bool, new: bool) -> tuple
 
 
 def format_call(part: ToolCallPart, tools: bool) -> str:
-    arguments = json.dumps(part.arguments, ensure_ascii=False, default=str)
     if not tools:
-        return f"[called the tool {part.name} with {arguments}]"
-    return f'<tool_call>\n{{"name": {json.dumps(part.name)}, "arguments": {arguments}}}\n</tool_call>'
+        return f"[called the tool {part.name} with {json.dumps(part.arguments, ensure_ascii=False, default=str)}]"
+    call = json.dumps({"name": part.name, "arguments": part.arguments}, ensure_ascii=False, default=str)
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
 def format_result(part: ToolResultPart, tools: bool) -> str:
@@ -543,7 +543,7 @@ class Framing:
         if cut:
             self.cut_off = rest
         elif rest.startswith(("{", "[", '"')):
-            raise AutonomousError(f"the reply was not understood; it begins: {quoted(rest)}")
+            raise not_understood(rest)
         elif rest:
             self._values.append(Words(rest))
 
@@ -568,7 +568,7 @@ class Framing:
 
 
 class Words(str):
-    """Words in a reply that are neither JSON nor look like a field."""
+    """Words in a reply that are not JSON and do not look like a field."""
 
 
 # Unlike JSON's own rules, this admits line breaks and other control characters within strings.
@@ -669,8 +669,7 @@ class Completion:
         for inner in unusual.values():
             if isinstance(inner, dict) and (error := reported_error(inner)):
                 raise error
-        # Is there an unknown field that may be a part of the answer? Beside a finish reason, other fields of the choice
-        # are about the end, such as stop_reason.
+        # Beside a finish reason, an unknown field of the choice is about the end, such as stop_reason.
         if holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS):
             return False
         # In a chunk with a choice or usage, or before any text, a field that is no error is about the request.
@@ -1041,12 +1040,12 @@ def schema_validator(schema: dict[str, Any]) -> Any:
 
 
 def matching_json(text: str, validator: Any) -> str:
-    """The last JSON value in an answer that matches the schema. Raises if there is none."""
+    """The last JSON value that matches the schema, preferably with some of its properties. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
     mismatch, found = "", [*find_json(text)]
     values = [(value, written) for value, written in found if not repeats(validator.schema, value)]
-    own = validator.schema.get("properties", {}).keys()  # objects with some of these come first, unlike {}
+    own = validator.schema.get("properties", {}).keys()
     for value, written in sorted(values, key=lambda v: isinstance(v[0], dict) and not own.isdisjoint(v[0]))[::-1]:
         try:
             # If the schema wants an object whose one required field is a list, models may write that list alone.
@@ -1060,9 +1059,9 @@ def matching_json(text: str, validator: Any) -> str:
         if error is None:
             with contextlib.suppress(Exception):  # if the schema cannot be applied to another value, it is not meant
                 if sum(validator.is_valid(other) for other, _ in values) > 1:
-                    warn("the answer holds several values that match the schema; only the last is kept")
+                    warn("the answer holds several values that match the schema; only one of them is kept")
             return with_escapes(written)
-        if not mismatch:  # the last value is the one that was most likely meant
+        if not mismatch:  # the first value tried is the one that was most likely meant
             # jsonschema's own message shows values as Python writes them, which a model would copy. It has no
             # validator if the schema is just `false`.
             wanted = as_json({error.validator: error.validator_value} if error.validator else False)
@@ -1075,9 +1074,8 @@ def matching_json(text: str, validator: Any) -> str:
 def repeats(schema: dict[str, Any], value: Any) -> bool:
     """Whether a value is a copy of the schema, which describes its properties, or of the example with its "..."."""
     described = value.get("properties") if isinstance(value, dict) else None
-    if isinstance(described, dict) and not described.keys().isdisjoint(schema.get("properties", ())):
-        return True
-    return '"..."' in (written := as_json(value)) and schema_instructions(schema).endswith(f"\n{written}")
+    copied = isinstance(described, dict) and not described.keys().isdisjoint(schema.get("properties", ()))
+    return copied or ('"..."' in (text := as_json(value)) and schema_instructions(schema).endswith(f"\n{text}"))
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
@@ -1173,6 +1171,10 @@ def explained(error: AutonomousError, reason: str) -> AutonomousError:
     message = f"the answer {cut_short} (finish reason: {reason}): {error}"
     correction = f"{SHORTER} {error.correction}" if at_limit and error.correction else error.correction
     return AutonomousError(message, outage=error.outage, correction=correction)
+
+
+def not_understood(start: str) -> AutonomousError:
+    return AutonomousError(f"the reply was not understood; it begins: {quoted(start)}")
 
 
 def too_large(what: str = "an event") -> AutonomousError:
@@ -1368,7 +1370,7 @@ class Exchange:
         instructions = tool_instructions(self.tools) if self.tools else in_json  # with both, models make results up
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` keeps the first system prompt alone. The last one of the turns that begin as this one does counts.
+        # `llm` passes on only the first system prompt. Here the last one counts, among turns with the same beginning.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
         if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(texts[-1])])
@@ -1383,8 +1385,7 @@ class Exchange:
 
     def attempts(self) -> Iterator[Attempt]:
         """One attempt after another, for as long as trying again may help. Raises the error of the last."""
-        limit = self.model.attempts
-        attempt = self.model.attempt_type(self)
+        attempt, limit = self.model.attempt_type(self), self.model.attempts
         yield attempt
         while error := attempt.error:
             number = attempt.number
@@ -1597,8 +1598,7 @@ class Attempt:
         if answered:
             return None
         if unknown is not None or self.framing.cut_off:
-            beginning = quoted(self.framing.cut_off or as_json(unknown))
-            return AutonomousError(f"the reply was not understood; it begins: {beginning}")
+            return not_understood(self.framing.cut_off or as_json(unknown))
         message = "the answer was empty" + (", after some reasoning" if self.thinking.reasoned else "")
         reason = self.completion.finish_reason
         at_limit = re.search(LIMIT_REASON, reason)

@@ -131,7 +131,7 @@ def test_json_goes_out_alone(schema: dict[str, Any], text: str, value: Any, ask:
 def test_other_values_that_match_are_not_left_out_in_silence(
     text: str, warned: bool, ask: Ask, server: Loopback, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever asks for one value and gets several is warned that only the last is kept."""
+    """Whoever asks for one value and gets several is warned that only one of them is kept."""
     server.answer = texts(text)
     assert ask(schema=DOG).text == CLEO
     assert ["several values" in message for message in caplog.messages] == [True] * warned
