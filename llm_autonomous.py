@@ -79,7 +79,7 @@ USUAL_FINISH_REASON = (
 LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
 MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")  # the keys that hold the text of an error
-NO_ERROR = r"(?i)0*|200|ok|success(ful)?|none|null|false"  # codes and errors that stand for success
+NO_ERROR = r"(?i)|0+|200|ok|success(ful)?|none|null|false"  # codes, errors and messages that stand for success
 THINKING_TAGS = ("think", "scratch_pad")
 # The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
 CODINGS = r"\b(?:aes128gcm|br|deflate|exi|dcb|dcz|(?:x-)?compress|(?:pack200-|x-)?gzip|zstd)\b"
@@ -99,8 +99,8 @@ class ServiceModel(NamedTuple):
 
     name: str  # goes into `aiAgent` and `threadId`
     endpoint: str  # below /api/v1/ai/
-    backend: str  # the model that it runs; also an alias, if that is free
-    aliases: tuple[str, ...]
+    backend: str  # the model that it runs; also an alias, if that is free, and one after "autonomous-"
+    aliases: tuple[str, ...] = ()  # other ones
     attachment_types: frozenset[str] = frozenset()
 
     @property
@@ -113,13 +113,11 @@ IMAGE_TYPES = {name: name for name in ("image/png", "image/jpeg", "image/webp", 
 IMAGE_TYPES |= {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
 
 SERVICE_MODELS = (
-    ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous", "autonomous-llama-3.3-70b")),
-    ServiceModel(
-        "qwen_coder", "chat", "qwen-2.5-coder-32b", ("autonomous-qwen-coder", "autonomous-qwen-2.5-coder-32b")
-    ),
-    ServiceModel("hermes", "chat-hermes", "hermes-3", ("autonomous-hermes-3",)),
-    ServiceModel("vision", "chat-vision", "llama-3.2-90b", ("autonomous-llama-3.2-90b",), frozenset(IMAGE_TYPES)),
-    ServiceModel("summary", "summary", "llama-3.2-70b", ("autonomous-llama-3.2-70b",)),
+    ServiceModel("llama", "chat", "llama-3.3-70b", aliases=("autonomous",)),
+    ServiceModel("qwen_coder", "chat", "qwen-2.5-coder-32b", aliases=("autonomous-qwen-coder",)),
+    ServiceModel("hermes", "chat-hermes", "hermes-3"),
+    ServiceModel("vision", "chat-vision", "llama-3.2-90b", attachment_types=frozenset(IMAGE_TYPES)),
+    ServiceModel("summary", "summary", "llama-3.2-70b"),
 )
 
 
@@ -128,8 +126,9 @@ def register_models(register: Callable[..., None], model_aliases: list[ModelWith
     for service in SERVICE_MODELS:
         # Other plugins and the user's aliases may have the backend's bare name. Running last, we see which are free.
         taken = {name for known in model_aliases for name in (known.model.model_id, *known.aliases)}
-        free = () if service.backend in taken else (service.backend,)
-        register(Autonomous(service), AsyncAutonomous(service), aliases=(*service.aliases, *free))
+        free = [] if service.backend in taken else [service.backend]
+        aliases = [*service.aliases, f"autonomous-{service.backend}", *free]
+        register(Autonomous(service), AsyncAutonomous(service), aliases=aliases)
 
 
 # --- What is sent -----------------------------------------------------------------------------------------------------
@@ -261,36 +260,38 @@ def build_messages(
     become notes in brackets, like everything else that the wire format cannot carry, so that a conversation started
     with another model can go on. Reasoning and empty messages are left out.
 
-    ``instructions`` are added to the system prompt, and ``after_results`` to the last message. If there are images, the
-    system prompt stands at the beginning of the first user message.
+    ``instructions`` are added to the system prompt, and ``after_results`` to the last message.
     """
     turns: list[dict[str, Any]] = []
-    if instructions:
-        own = messages[0].parts if messages and messages[0].role == "system" else []
-        part = TextPart(f"\n\n{instructions}" if own else instructions)
-        messages = [llm.Message(role="system", parts=[*own, part]), *messages[1 if own else 0 :]]
-    if after_results:
-        *before, last = messages
-        gap = "\n\n" if last.parts and isinstance(last.parts[-1], TextPart) else ""
-        messages = [*before, llm.Message(role=last.role, parts=[*last.parts, TextPart(gap + after_results)])]
-    answered = len(messages) - len(since_answer(messages))
+    first_new = len(messages) - len(since_answer(messages))
     for number, message in enumerate(messages):
         role = message.role if message.role in ("system", "assistant") else "user"
         may_hold = images and role == "user"  # OpenAI-shaped servers refuse images in other roles
-        text, shown = read_parts(message.parts, may_hold, tools, new=number >= answered)
+        text, shown = read_parts(message.parts, may_hold, tools, new=number >= first_new)
         if text or shown:
             turns.append({"role": role, "text": text, "images": shown})
+    if instructions:
+        if not turns or turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "text": "", "images": []})
+        turns[0]["text"] = paragraphs(turns[0]["text"], instructions)
+    if after_results:
+        gap = "\n" if messages[-1].role == "tool" else "\n\n"
+        turns[-1]["text"] = paragraphs(turns[-1]["text"], after_results, gap=gap)
     if any(turn["images"] for turn in turns):
         # Llama 3.2 Vision's own chat template refuses a system message beside an image.
         system = [turn["text"] for turn in turns if turn["role"] == "system"]
         turns = [turn for turn in turns if turn["role"] != "system"]
         first = next(turn for turn in turns if turn["role"] == "user")
-        first["text"] = "\n\n".join(filter(None, [*system, first["text"]]))
+        first["text"] = paragraphs(*system, first["text"])
     for turn in turns:
         text, shown = turn.pop("text"), turn.pop("images")
         texts = [{"type": "text", "text": text}] if text else []
         turn["content"] = texts + shown if shown else text
     return turns
+
+
+def paragraphs(*texts: str, gap: str = "\n\n") -> str:
+    return gap.join(filter(None, texts))
 
 
 def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
@@ -334,7 +335,7 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     name, failure = part.name, part.exception
     output = part.output if isinstance(part.output, str) else json.dumps(part.output, ensure_ascii=False, default=repr)
     if failure is not None:
-        # An exception without words is recorded as "ValueError: " or "ValueError: None".
+        # An exception without words is recorded as "ValueError: " or "ValueError: None", and its output as "Error: ".
         failure = re.sub(r"(\A|:)\s*(None\s*)?\Z", ": no message was given", failure)
         output = f"Error: {failure}" if re.fullmatch(r"\s*(Error:\s*(None\s*)?)?", output) else output
     elif output.strip() in ("", "null") and not part.attachments:
@@ -430,6 +431,7 @@ def find_proxy(option: str | None, url: httpx.URL) -> str:
 
 
 # --- How the reply is read, without any I/O: bytes -> JSON values -> text -> text and tool calls ----------------------
+# No `feed` raises an error. What is wrong is left in `error`, and what came before it is still returned.
 
 
 class Framing:
@@ -440,8 +442,7 @@ class Framing:
     value spread over many lines. The data of an event or a field named ``error`` comes out as ``{"error": data}``, and
     words where JSON was expected come out as a string.
 
-    `feed` returns the values in order. It never raises: the problem is left in `error`, and the values before it are
-    still returned. How the bytes were cut changes nothing, the cost is O(n), and `MAX_EVENT_BYTES` limits what is held.
+    How the bytes were cut changes nothing. The cost is O(n), and `MAX_EVENT_BYTES` limits what is held.
     """
 
     def __init__(self) -> None:
@@ -496,8 +497,7 @@ class Framing:
         if self._document:
             self._hold(line)
         elif field == b"data":
-            # Most events are a single line, which is read at once: some servers send no blank line after it. The
-            # lines of any other event are held until it is complete.
+            # An event of one line is read at once, as some servers send no blank line after it. Others are held.
             if self._held or self._named_error:
                 self._hold(data.removeprefix(b" "))
             elif rest := self._read_values(data):
@@ -563,7 +563,7 @@ class Framing:
                     return text[place:]
             else:
                 self._values.append(value)
-                place = end if end == len(text) else skip(r"\s*", text, end)
+                place = end if end == len(text) else skip(r"\s*", text, end)  # mostly, it is the only value
         return ""
 
 
@@ -598,8 +598,6 @@ class Completion:
     (https://platform.openai.com/docs/api-reference/chat). A chunk, its first choice, and the delta or message in that
     are read as one object. If it holds neither text nor reasoning, a field of unknown meaning makes the value
     `not_understood`. Nothing is dropped in silence: whoever reads the reply has to report that value.
-
-    `feed` never raises: the error that a value reports is left in `error`, and what came before it is still returned.
     """
 
     def __init__(self) -> None:
@@ -641,8 +639,7 @@ class Completion:
         says_error = isinstance(chunk, str) and mentions_error(chunk)
         if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # the server or a proxy has died
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
-        # filled() turns any other value into an unknown field.
-        fields, has_choices = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
+        fields, has_choices = filled(chunk), isinstance(chunk, dict) and "choices" in chunk  # even if they are empty
         choices = fields.get("choices", [{}])
         choice = filled(choices[0] if isinstance(choices, list) else [choices])
         delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
@@ -650,9 +647,9 @@ class Completion:
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # If there is no choice, and text has come or `choices` is empty, a message needs no code to be an error.
-        no_choice = "choices" not in fields and (begun or has_choices)
-        if unusual and (error := reported_error(all_fields, message_suffices=no_choice)):
+        # Without a choice, a message needs no code to be an error, if it comes after text or beside empty `choices`.
+        suffices = "choices" not in fields and (begun or has_choices)
+        if unusual and (error := reported_error(all_fields, message_suffices=suffices)):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
@@ -661,7 +658,8 @@ class Completion:
         self._add("reasoning", reasoning, end=bool(text))
         self._add("text", text)
         self._in_deltas = self._in_deltas or bool(text and (not message or "content" in delta))
-        self.whole = finished or bool(message and not delta) or (self.whole and not text)  # more text takes it back
+        # A whole message is an answer by itself. Otherwise, more text takes back what a finish reason said too early.
+        self.whole = finished or bool(message and not delta) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
         if text or reasoning:
@@ -672,9 +670,11 @@ class Completion:
         # Beside a finish reason, an unknown field of the choice is about the end, such as stop_reason.
         if holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS):
             return False
-        # In a chunk with a choice or usage, or before any text, a field that is no error is about the request.
+        if not holds_more(fields, CHUNK_FIELDS):
+            return True
+        # An unknown field of a chunk is about the request if there is a choice or usage beside it, or no text yet.
         about_request = has_choices and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
-        return not holds_more(fields, CHUNK_FIELDS) or (about_request and not mentions_error(chunk))
+        return about_request and not mentions_error(chunk)
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
         """Keep what a chunk says about the answer as a whole, and return whether there is a finish reason."""
@@ -736,8 +736,8 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that are not empty. Any other value becomes ``{"": [value]}``, an unknown field."""
-    fields = value if isinstance(value, dict) else {"": value and [value]}
+    """The fields of an object that are not empty, or 0 in place of text. Any other value gets the name ``""``."""
+    fields = value if isinstance(value, dict) else {"": value and [value]}  # in a list, even a number holds more
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
 
@@ -785,7 +785,9 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        self._held = f"<{tag}>{closing}"  # if no text follows yet, the next text is matched as reasoning too
+        # As if the reasoning began here, so that the next text is matched as well: <think> or <think></th or, if it has
+        # ended but no text has followed yet, <think></think>
+        self._held = f"<{tag}>{closing}"
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
         return [*thought, text] if text else thought
@@ -807,8 +809,8 @@ class ToolCallParser:
     calls before a broken one count. All else is text and comes out unchanged, except for white space next to a call.
 
     Where a call may begin, up to `MAX_HELD` characters are held until that is clear. Once one seems to begin, all that
-    follows is held until the end, because the model may have to write all calls again. `feed` never raises: the problem
-    is left in `error`, with a correction for the model. The cost is O(n), however the text was cut.
+    follows is held until the end, because the model may have to write all calls again. The cost is O(n), however the
+    text was cut.
     """
 
     def __init__(self, names: Collection[str], asked: bool = False) -> None:
@@ -816,24 +818,26 @@ class ToolCallParser:
         self.asked = asked  # the answer follows a correction
         self.error: AutonomousError | None = None
         self.finished = False  # the model goes on to make up results, so the answer ends with its calls
-        self._held = io.StringIO()  # up to MAX_HELD characters that were passed on, and all that was not
+        self._held = io.StringIO()  # all that was not passed on, and up to MAX_HELD characters before it, as context
         self._passed = 0  # the length of the part of _held that was passed on
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the end of the text since then, in which RESULT_TAG is looked for
-        # A call begins with {"name": "add" or {"type": … "add" or, in code, with <function=add or [add( or {'add'
         name = "|".join(map(re.escape, sorted(self.names)))
-        keys = rf'name"\s*:\s*"({name})"|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
+        keys = rf'name"\s*:\s*"({name})"'  # {"name": "add"
+        keys += rf'|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'  # {"type": "function", … "add"
         self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
-        self._in_code = re.compile(rf"<function\W({name})\b|([\[{{]\W*(\w+\W+)?)?({name})((\.call)?\(|['\"]\s*[,:}}])")
+        code = rf"<function\W({name})\b"  # <function=add
+        code += rf"|([\[{{]\W*(\w+\W+)?)?({name})((\.call)?\(|['\"]\s*[,:}}])"  # add( or [api.add( or {'name': 'add',
+        self._in_code = re.compile(code)
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
         if self.error:
             return []
         text = "".join(pieces)
-        size = self._held.tell() + self._held.write(text)
+        self._held.write(text)
         passed = [] if self._calling else self._pass_on()
-        if self._calling and size > MAX_EVENT_BYTES:
+        if self._calling and self._held.tell() > MAX_EVENT_BYTES:
             self.error = too_large("a tool call")
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
@@ -866,14 +870,12 @@ class ToolCallParser:
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
         value = window[wrapping.end() :]
-        first, own = place == next_call or begins_answer(text, place), wrapping["tag"] in OWN_TAGS
-        seems_a_call = (
-            wrapping["function"] in self.names
-            or (first and value.startswith(RESULT_TAG))
-            or (own and (first or value.startswith(("{", "["))))
-            or ((own or (first and not wrapping[0])) and self._in_code.match(value))
-            or self._in_json.match(value)
-        )
+        first = place == next_call or begins_answer(text, place)
+        own = re.search(OWN_TAG, wrapping[0])
+        in_json = wrapping["function"] in self.names or self._in_json.match(value)
+        in_code = (own or (first and not wrapping[0])) and self._in_code.match(value)
+        in_own_tag = own and (first or value.startswith(("{", "[")))  # at the start of an answer, whatever is in it
+        seems_a_call = in_json or in_code or in_own_tag or (first and value.startswith(RESULT_TAG))
         return wrapping if seems_a_call else None
 
     def _split(self, lenient: bool = False) -> list[Any]:
@@ -892,35 +894,33 @@ class ToolCallParser:
             begin = place + wrapping.end()
             if text.startswith(RESULT_TAG, begin):
                 raise misread("the model made up the result of a tool", text[begin:], MADE_UP_RESULT)
-            calls: list[llm.ToolCall] = []
-            try:
-                end = self._read_calls(text, begin, wrapping, calls)
-            except AutonomousError as error:
-                if not (lenient and (calls or pieces)):
-                    raise
-                # The call may need the result of one before it. The model can make it again once it has that result.
-                warn("a tool call was left out: %s", error)
-                text, end = text[:place], place  # which ends the loop
+            calls, end, problem = self._calls_at(text, begin, wrapping)
+            if problem and not (lenient and (calls or pieces)):
+                raise problem
+            if problem:
+                # The broken call may need the result of one before it. The model can make it again after that result.
+                warn("a tool call was left out: %s", problem)
+                text, end = text[:place], place  # nothing after this is read
             if calls:
-                end = skip(CLOSING + (r"(\s*```)?" + CLOSING if wrapping["fence"] else ""), text, end)
-                tag = wrapping["tag"] or wrapping["function"]
-                if tag or place == next_call or begins_answer(text, place):
+                end = skip(rf"{CLOSING}(\s*```)?{CLOSING}" if wrapping["fence"] else CLOSING, text, end)
+                if "<" in wrapping[0] or place == next_call or begins_answer(text, place):
                     pieces += [text[start:place], *calls]
                     start, next_call = end, skip(r"\s*", text, end)
                 elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):  # alone on its line
                     raise misread("the answer holds a tool call without tags", text[begin:], CALL_AFTER_WORDS)
-            place = end
+            place = end  # what was read is text, unless it was added to the pieces
         pieces.append(text[start:])
         return [each for each in pieces if not isinstance(each, str) or each.strip() or (each and len(pieces) == 1)]
 
-    def _read_calls(self, text: str, place: int, wrapping: re.Match[str], calls: list[llm.ToolCall]) -> int:
-        """Add the calls at ``place``, one after another or in lists, to ``calls``. Return the position after the last.
+    def _calls_at(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[Any], int, Exception | None]:
+        """The calls at ``place``, one after another or in lists, the position after them, and what is wrong there.
 
-        If the first value is no call, nothing is added, and the position is the one after it. In `OWN_TAGS`, all
-        values have to be calls. A value after a call is a call too if it has a name, whether that is offered or not.
+        If the first value is no call, that is the position after it. In an `OWN_TAG`, every value has to be a call.
+        Elsewhere, the first has to name an offered tool, and whatever has a name after it is a call too.
         """
-        tag, function = wrapping["tag"] or "", wrapping["function"]
-        name_suffices = re.search("tool|function|call", tag)  # no arguments are needed
+        function, own = wrapping["function"], re.search(OWN_TAG, wrapping[0])
+        name_suffices = re.search("tool|function|call", wrapping[0])  # no arguments are needed
+        calls: list[llm.ToolCall] = []
         end, next_value = place, place
         try:
             while not calls or re.compile(r"(\[\s*)?\{").match(text, next_value):
@@ -930,23 +930,23 @@ class ToolCallParser:
                 values = value if value and isinstance(value, list) else [value]
                 fields = [call_fields(each) for each in values]
                 offered = any(name in self.names and (name_suffices or given is not None) for name, given, _ in fields)
-                meant = tag in OWN_TAGS or ((calls or offered) and all(name for name, _, _ in fields))
+                meant = own or ((calls or offered) and all(name for name, _, _ in fields))
                 if not meant or any(is_definition for _, _, is_definition in fields):
-                    return end if calls else after
+                    return calls, (end if calls else after), None
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
         except (ValueError, RecursionError) as error:
             problem = f"it is not valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
             begin, correction = text[next_value:] or wrapping[0], BROKEN_CALL.format(problem=problem)
-            raise misread(f"the model's tool call cannot be read: {problem}", begin, correction) from None
-        return end
+            return calls, end, misread(f"the model's tool call cannot be read: {problem}", begin, correction)
+        return calls, end, None
 
 
-OWN_TAGS = ("tool_call", "tools", "python_tag")  # what the model is asked to use, what is around the tools, and Llama's
+OWN_TAG = r"<\|?(tool_call|tools|python_tag)\|?>"  # what we ask for, what is around the tools, and Llama's own
 RESULT_TAG = "<tool_response>"
 # Up to three tags and fences before a call. It can match nothing, so it always matches. The bounds keep it linear.
 WRAPPING = (
-    r"((<function=(?P<function>[\w.-]{1,64})>|<\|?(?!tool_response>)(?P<tag>[\w-]{1,64})\|?>|(?P<fence>```[\w-]{0,32}))"
+    r"((<function=(?P<function>[\w.-]{1,64})>|<\|?(?!tool_response>)[\w-]{1,64}\|?>|(?P<fence>```[\w-]{0,32}))"
     r"\s{0,99}){0,3}"
 )
 # What models leave after a call: brackets and closing tags.
@@ -958,8 +958,7 @@ TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
 
 
 def find_opening(text: str, start: int, next_call: int = -1) -> int:
-    """The first place from ``start`` on where a call may begin, or the length of the text."""
-    # At a tag, at a fence, or at a bracket that begins a line or follows a call.
+    """Where a call may begin next: at a tag, at a fence, or at a bracket that begins a line or follows a call."""
     for found in re.compile(r"<(?=[|\w]|\Z)|```|`{1,2}\Z|[{\[]").finditer(text, start):
         place = found.start()
         line = text[max(0, place - MAX_HELD) : place].rpartition("\n")[2]
@@ -1043,13 +1042,16 @@ def matching_json(text: str, validator: Any) -> str:
     """The last JSON value that matches the schema, preferably with some of its properties. Raises if there is none."""
     from jsonschema.exceptions import best_match
 
-    mismatch, found = "", [*find_json(text)]
+    found = [*find_json(text)]
     values = [(value, written) for value, written in found if not repeats(validator.schema, value)]
-    own = validator.schema.get("properties", {}).keys()
-    for value, written in sorted(values, key=lambda v: isinstance(v[0], dict) and not own.isdisjoint(v[0]))[::-1]:
+    own, required = validator.schema.get("properties", {}).keys(), validator.schema.get("required", [])
+    # From the last to the first, but those with a property of the schema before the others.
+    values.sort(key=lambda pair: isinstance(pair[0], dict) and not own.isdisjoint(pair[0]))
+    mismatch = ""
+    for value, written in values[::-1]:
         try:
-            # If the schema wants an object whose one required field is a list, models may write that list alone.
-            required, alone = validator.schema.get("required", []), rf"(?m)(^|:)[^\w\n]*{re.escape(written)}\W*$"
+            # Models may write the one required field alone, if it is a list: at most after "Here it is:".
+            alone = rf"(?m)(^|:)[^\w\n]*{re.escape(written)}\W*$"
             listed = isinstance(value, list) and len(required) == len(values) == 1 and re.search(alone, text)
             if listed and not validator.is_valid(value):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
@@ -1095,8 +1097,9 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             yield value, text[start:end]
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
+            # Without commas before brackets. Strings match as tokens first, so they stay as they are.
             mended = re.sub(TOKEN + r"|,(?=\s*[}\]])", lambda token: token[0].removeprefix(","), text[start:end])
-            with contextlib.suppress(ValueError, RecursionError):  # if more is wrong than commas before brackets
+            with contextlib.suppress(ValueError, RecursionError):  # if more than that is wrong
                 yield decoder.decode(mended), mended
 
 
@@ -1206,15 +1209,12 @@ def error_words(body: object) -> str:
     for value in map(body.get, ("error", "errors", *MESSAGE_KEYS)) if isinstance(body, dict) else ():
         words = error_words(value)
         if value and value is not True and not any(words in known for known in found):
-            found = [known for known in found if known not in words] + [words]
+            found = [known for known in found if known not in words] + [words]  # without those that it contains
     return ": ".join(found) or (body if isinstance(body, str) else as_json(body))
 
 
 def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
-    """The error that an object reports: ``error``, ``errors``, or a message beside a code that is no success.
-
-    A message without a code counts if ``message_suffices``.
-    """
+    """The error that an object reports: ``error``, ``errors``, or a message beside a code that is no success."""
     message = any(is_error_value(fields[key]) for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list)))
     code = fields.get("code", fields.get("status_code"))
     failed = message and (message_suffices if code is None else is_error_value(code))
@@ -1297,7 +1297,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         # If a proxy could not connect, the reason begins with its HTTP status or, for SOCKS, with httpcore's words.
         status = re.match(r"[0-9]{3}\b", reason)
         temporary = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
-        retryable = temporary or not isinstance(error, httpx.ProxyError)
+        retryable = temporary or not isinstance(error, httpx.ProxyError)  # other refusals of a proxy are final
         return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
@@ -1370,7 +1370,8 @@ class Exchange:
         instructions = tool_instructions(self.tools) if self.tools else in_json  # with both, models make results up
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on only the first system prompt. Here the last one counts, among turns with the same beginning.
+        # `llm` passes on only the first system prompt. Here the last one counts. A turn whose messages begin
+        # differently had its own history (``messages=``), so its system prompt is not meant for this one.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
         if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(texts[-1])])
@@ -1389,8 +1390,8 @@ class Exchange:
         yield attempt
         while error := attempt.error:
             number = attempt.number
-            # Only `llm autonomous check` asks for a single attempt.
-            shown = error.for_user(self.url, number, checking=limit == 1)
+            shown = error.for_user(self.url, number, checking=limit == 1)  # no other command has a limit of 1
+            # The model is asked once. If that attempt fails on the way, the next one asks the same again.
             wait, to_correct = 0.0, attempt.corrected
             if error.correction and not to_correct and number < limit:
                 step, to_correct = "asking the model to correct it", attempt
@@ -1426,10 +1427,7 @@ class Exchange:
 
 
 def schema_of(prompt: llm.Prompt, conversation: Any) -> dict[str, Any] | None:
-    """The schema of a prompt. If it answers tool calls, that is the schema of the prompt that led to them.
-
-    `llm` does not pass the schema on from one round of a chain to the next.
-    """
+    """The prompt's own schema or, since `llm` drops it after a tool call, that of the prompt that led to the call."""
     schema = prompt.schema
     answered = {result.tool_call_id for result in prompt.tool_results}
     if answered and conversation and not schema:
@@ -1455,8 +1453,7 @@ class Attempt:
     """One try: the request, and the reply as far as it has arrived. No I/O.
 
     `execute` passes in the status and headers (`open`), then the bytes (`feed`) until it is `done`, then any exception
-    that got in the way (`failure`), and finally the end (`close`). If something is wrong with the reply, it is left in
-    `error` after everything before it has been returned.
+    that got in the way (`failure`), and finally the end (`close`).
     """
 
     def __init__(self, exchange: Exchange, number: int = 1, wait: float = 0, corrected: Attempt | None = None) -> None:
@@ -1523,18 +1520,18 @@ class Attempt:
         if not self.error:  # an error that came before the end is more telling than what is found now
             pieces = self._decode(b"", end=True)
             self.error = self._problem()
-        problem = self.error
-        if self.yielded or not problem:  # after some text, no retry can follow, so held text is shown too
-            pieces += self._parse([], end=True)
-        if self.error and not problem:  # then it is the model's mistake
-            self.error = explained(self.error, self.completion.finish_reason)
+        if not self.error:
+            pieces += self._parse([], end=True)  # which may find a mistake of the model
+            self.error = self.error and explained(self.error, self.completion.finish_reason)
+        elif self.yielded:
+            pieces += self._parse([], end=True)  # no retry can follow, so held text is shown too
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
         """Seconds to wait for more bytes: ``timeout`` or, if nothing more is needed, what is left of a shorter limit.
 
-        Reading on to the end of an error or a whole answer keeps the connection alive for the next prompt, and may
-        bring words or the usage. It is not worth waiting long for.
+        Reading on to the end of an error or a whole answer keeps the connection alive, and may bring words or the
+        usage. It is not worth waiting long for: `_problem` takes the TimeoutError for an end.
         """
         if not (self.refusal or self.whole):
             return timeout
@@ -1615,7 +1612,7 @@ class Attempt:
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded and not self.exchange.validator:
-                pieces.insert(0, "\n")
+                pieces.insert(0, "\n")  # after words that were shown before the mistake
         if self.parser is None:
             return pieces
         out: list[str | StreamEvent] = []
@@ -1663,7 +1660,8 @@ class Client:
 
 
 _clients: dict[Client, None] = {}  # an ordered set
-# By process. If a lock is held during a fork, the child never gets it.
+# By process, as a lock that is held during a fork stays locked in the child. Reentrant, as the garbage collector may
+# end a prompt at any point. The async clients of a loop need none, as only one thread uses them.
 _locks: dict[int, threading.RLock] = collections.defaultdict(threading.RLock)
 
 
@@ -1672,11 +1670,12 @@ def find_client(proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
 
     One large pool would be slow: for each request, httpcore compares all connections of a pool with each other.
     """
-    key, now = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES))), time.monotonic()
+    now = time.monotonic()
+    key = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES)))
     own = [client for client in [*_clients] if client.key[:2] == key[:2]]
-    found = next((client for client in own if client.key == key and client.in_flight < POOL_SIZE), None)
-    client = found or Client(key)
-    client.last_used, _clients[client] = now, None
+    client = next((each for each in own if each.key == key and each.in_flight < POOL_SIZE), None) or Client(key)
+    client.last_used = now
+    _clients[client] = None  # if it is new
     idle = sorted((old for old in own if not old.in_flight), key=lambda old: old.last_used, reverse=True)
     unneeded = [old for n, old in enumerate(idle) if n >= MAX_IDLE_CLIENTS or old.last_used < now - KEEPALIVE]
     for old in unneeded:
@@ -1714,7 +1713,7 @@ async def async_client(proxy: str) -> Client:
     client, unneeded = find_client(proxy, loop)
     if client.life is None:
         client.life = _live(client)
-        await anext(client.life)
+        await anext(client.life)  # starts it, so that the loop knows it
     for old in unneeded:
         await old.life.aclose()
     return client
@@ -1729,7 +1728,7 @@ async def _live(client: Client) -> AsyncGenerator[None, None]:
         yield
     finally:
         _clients.pop(client, None)
-        # A loop that never shut down, as nest_asyncio leaves its own, no longer runs at the end of the process.
+        # A loop of nest_asyncio never shuts down. This then runs at the end of the process, when the loop does not.
         if client.key.process == os.getpid() and client.key.loop and client.key.loop.is_running():
             await client.http.aclose()
 
@@ -1775,7 +1774,7 @@ def limit_reads(head: httpx.Response, attempt: Attempt) -> None:
     async, by ``stream.read(max_bytes, timeout)``. A reply that a test made up has no stream.
     """
     if stream := head.extensions.get("network_stream"):
-        read = functools.partial(type(stream).read, stream)  # stream.read may be that of an earlier reply
+        read = functools.partial(type(stream).read, stream)  # stream.read was replaced for each earlier reply
 
         def read_limited(max_bytes: int, timeout: float) -> Any:
             # Once this reply has ended, its connection may be another prompt's.
@@ -1816,8 +1815,9 @@ class SocksHandshake:
         error: BaseException = info["exception"]
         if isinstance(error, httpcore.TimeoutException):
             return httpcore.ProxyError(f"no reply within {self.timeout:g} s")
-        known = isinstance(error, httpcore.ProxyError) or not isinstance(error, Exception)
-        return error if known else httpcore.ProxyError("it does not answer as a SOCKS proxy")
+        if isinstance(error, httpcore.ProxyError) or not isinstance(error, Exception):  # or Ctrl-C, for example
+            return error
+        return httpcore.ProxyError("it does not answer as a SOCKS proxy")
 
 
 class _Shared:
@@ -1874,8 +1874,8 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
 
         exchange = Exchange(self, prompt, stream, response, conversation)
         del response, conversation  # see the weak reference in Exchange
-        # When an event loop shuts down, it closes all async generators at once, and reports an error if two of them try
-        # to close each other. So this has to be the only one, apart from those of httpx.
+        # When an event loop shuts down, it closes all async generators at once, and reports an error if one of them is
+        # just closing another. So this one reads the bytes itself, and not through a generator of ours.
         with await async_client(exchange.proxy) as http:
             for attempt in exchange.attempts():
                 if attempt.wait:
@@ -1888,8 +1888,8 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     async with contextlib.aclosing(head):
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        read = head.aiter_bytes if "content-encoding" in head.headers else head.aiter_raw
-                        async for data in read():
+                        body: Any = head.aiter_bytes() if "content-encoding" in head.headers else head.stream
+                        async for data in body:
                             for piece in attempt.feed(data):
                                 yield piece
                             if attempt.done:
