@@ -79,7 +79,7 @@ USUAL_FINISH_REASON = (
 LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
 MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")  # the keys that hold the text of an error
-NO_ERROR = r"(?i)|0+|200|ok|success(ful)?|none|null|false"  # codes, errors and messages that stand for success
+NO_ERROR = r"(?i)(0+|200|ok|success(ful)?|none|null|false)?"  # codes, errors and messages that stand for success
 THINKING_TAGS = ("think", "scratch_pad")
 # The content codings that IANA has registered. Servers also send other words, such as utf-8, which are ignored.
 CODINGS = r"\b(?:aes128gcm|br|deflate|exi|dcb|dcz|(?:x-)?compress|(?:pack200-|x-)?gzip|zstd)\b"
@@ -228,12 +228,13 @@ def example_of(schema: Any, root: dict[str, Any], refs: frozenset[str] = frozens
 
     ``refs`` are the references that led here. None is followed twice, as a schema may contain itself.
     """
-    if not isinstance(schema, dict) or schema.get("$ref") in refs:
+    ref = schema.get("$ref", "") if isinstance(schema, dict) else ""
+    if not isinstance(schema, dict) or (ref and ref in refs):
         return "..."
-    inner = functools.partial(example_of, root=root, refs=refs | {schema.get("$ref", "")})
-    if schema.get("$ref", "").startswith("#/"):
+    inner = functools.partial(example_of, root=root, refs=refs | {ref})
+    if ref.startswith("#/"):
         target: Any = root
-        for key in schema["$ref"][2:].split("/"):
+        for key in ref[2:].split("/"):
             target = target.get(key) if isinstance(target, dict) else None
         return inner(target)
     kind = schema["type"][0] if isinstance(schema.get("type"), list) else schema.get("type")
@@ -275,7 +276,7 @@ def build_messages(
             turns.insert(0, {"role": "system", "text": "", "images": []})
         turns[0]["text"] = paragraphs(turns[0]["text"], instructions)
     if after_results:
-        gap = "\n" if messages[-1].role == "tool" else "\n\n"
+        gap = "\n" if messages[-1].role == "tool" else "\n\n"  # as it was measured
         turns[-1]["text"] = paragraphs(turns[-1]["text"], after_results, gap=gap)
     if any(turn["images"] for turn in turns):
         # Llama 3.2 Vision's own chat template refuses a system message beside an image.
@@ -332,17 +333,16 @@ def format_call(part: ToolCallPart, tools: bool) -> str:
 
 def format_result(part: ToolResultPart, tools: bool) -> str:
     """What a tool returned, in words if that is empty. `llm` passes None on as ``null``."""
-    name, failure = part.name, part.exception
+    name = part.name
     output = part.output if isinstance(part.output, str) else json.dumps(part.output, ensure_ascii=False, default=repr)
-    if failure is not None:
-        # An exception without words is recorded as "ValueError: " or "ValueError: None", and its output as "Error: ".
-        failure = re.sub(r"(\A|:)\s*(None\s*)?\Z", ": no message was given", failure)
-        output = f"Error: {failure}" if re.fullmatch(r"\s*(Error:\s*(None\s*)?)?", output) else output
-    elif output.strip() in ("", "null") and not part.attachments:
+    if part.exception is not None:
+        # Without a message it is recorded as "ValueError: " or "ValueError: None", and its output says even less.
+        failure = re.sub(r":\s*(None\s*)?\Z", ": no message was given", part.exception)
+        output = output if failure == part.exception else f"Error: {failure}"
+        return RESULT.format(name=name, output=output) if tools else f"[the tool {name} failed: {failure}]"
+    if output.strip() in ("", "null") and not part.attachments:
         return (EMPTY_RESULT if tools else f"[{EMPTY_RESULT}]").format(name=name)
-    if not tools:
-        return f"[the tool {name} {f'returned: {output}' if failure is None else f'failed: {failure}'}]"
-    return RESULT.format(name=name, output=output)
+    return RESULT.format(name=name, output=output) if tools else f"[the tool {name} returned: {output}]"
 
 
 def image_url(attachment: llm.Attachment, new: bool) -> str | None:
@@ -519,7 +519,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            # "name: value" is a field that we do not know. Other words, after some text, mean that the server died.
+            # "name: value" or "name" is a field that we do not know.
             self._values.append(words if re.match(r"[\w-]+(:|\Z)", words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
@@ -568,7 +568,7 @@ class Framing:
 
 
 class Words(str):
-    """Words in a reply that are not JSON and do not look like a field."""
+    """Words that are not JSON and do not look like a field. After some text, they mean that the server died."""
 
 
 # Unlike JSON's own rules, this admits line breaks and other control characters within strings.
@@ -588,7 +588,7 @@ ANSWER_FIELDS = {"index", "finish_reason", "logprobs", "usage", "role", "name", 
 ANSWER_FIELDS |= {"refusal", "reasoning", "reasoning_content", "reasoning_details", "annotations", "type"}
 KNOWN_FIELDS = CHUNK_FIELDS | ANSWER_FIELDS
 # A chunk that holds text and only these fields holds nothing else of interest.
-PLAIN_FIELDS = CHUNK_FIELDS - {"usage"} | {"index", "delta", "logprobs", "role", "content"}
+PLAIN_FIELDS = (CHUNK_FIELDS - {"usage"}) | {"index", "delta", "logprobs", "role", "content"}
 
 
 class Completion:
@@ -639,17 +639,17 @@ class Completion:
         says_error = isinstance(chunk, str) and mentions_error(chunk)
         if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # the server or a proxy has died
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
-        fields, has_choices = filled(chunk), isinstance(chunk, dict) and "choices" in chunk  # even if they are empty
-        choices = fields.get("choices", [{}])
-        choice = filled(choices[0] if isinstance(choices, list) else [choices])
+        is_chunk, fields = isinstance(chunk, dict) and "choices" in chunk, filled(chunk)
+        choices = fields.get("choices", {})
+        choice = filled(choices[0] if isinstance(choices, list) else choices)
         delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
-        message = {} if self._in_deltas else message
+        if self._in_deltas or "content" in delta:
+            message = {}  # it repeats the deltas
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # Without a choice, a message needs no code to be an error, if it comes after text or beside empty `choices`.
-        suffices = "choices" not in fields and (begun or has_choices)
-        if unusual and (error := reported_error(all_fields, message_suffices=suffices)):
+        # Without a choice, a message needs no code to be an error, if it comes after text or in a chunk.
+        if unusual and (error := reported_error(all_fields, message_suffices=not choice and (begun or is_chunk))):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
@@ -657,9 +657,9 @@ class Completion:
         reasoning += thought
         self._add("reasoning", reasoning, end=bool(text))
         self._add("text", text)
-        self._in_deltas = self._in_deltas or bool(text and (not message or "content" in delta))
-        # A whole message is an answer by itself. Otherwise, more text takes back what a finish reason said too early.
-        self.whole = finished or bool(message and not delta) or (self.whole and not text)
+        self._in_deltas = self._in_deltas or bool(text and not message)
+        # More text takes back what a finish reason said too early.
+        self.whole = finished or bool(message) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
         if text or reasoning:
@@ -670,11 +670,8 @@ class Completion:
         # Beside a finish reason, an unknown field of the choice is about the end, such as stop_reason.
         if holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS):
             return False
-        if not holds_more(fields, CHUNK_FIELDS):
-            return True
-        # An unknown field of a chunk is about the request if there is a choice or usage beside it, or no text yet.
-        about_request = has_choices and ({"choices", "usage"} & fields.keys() or not self._in_deltas)
-        return about_request and not mentions_error(chunk)
+        # An unknown field of a chunk itself is about the request, unless it mentions an error.
+        return not holds_more(fields, CHUNK_FIELDS) or (is_chunk and not mentions_error(chunk))
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
         """Keep what a chunk says about the answer as a whole, and return whether there is a finish reason."""
@@ -737,13 +734,13 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 def filled(value: Any) -> dict[str, Any]:
     """The fields of an object that are not empty, or 0 in place of text. Any other value gets the name ``""``."""
-    fields = value if isinstance(value, dict) else {"": value and [value]}  # in a list, even a number holds more
+    fields = value if isinstance(value, dict) else {"": value}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
 
 def holds_more(fields: dict[str, Any], known: set[str]) -> bool:
-    """Whether there is text, a list or an object in a field that is not ``known``. Numbers do not count."""
-    return any(isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
+    """Whether there is more than a number in a field that is not ``known``, or anything that is no field at all."""
+    return any(not key or isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
 
 
 class Thinking:
@@ -823,12 +820,11 @@ class ToolCallParser:
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the end of the text since then, in which RESULT_TAG is looked for
         name = "|".join(map(re.escape, sorted(self.names)))
-        keys = rf'name"\s*:\s*"({name})"'  # {"name": "add"
-        keys += rf'|(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'  # {"type": "function", … "add"
-        self._in_json = re.compile(rf'(\[\s*)?\{{\s*"({keys})')
-        code = rf"<function\W({name})\b"  # <function=add
-        code += rf"|([\[{{]\W*(\w+\W+)?)?({name})((\.call)?\(|['\"]\s*[,:}}])"  # add( or [api.add( or {'name': 'add',
-        self._in_code = re.compile(code)
+        by_name = rf'"name"\s*:\s*"({name})"'  # {"name": "add"
+        by_type = rf'"(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'  # {"type": "function", … "add"
+        self._in_json = re.compile(rf"(\[\s*)?\{{\s*({by_name}|{by_type})")
+        in_brackets = r"([\[{]\W*(\w+\W+)?)?"  # [add( or {'name': 'add',
+        self._in_code = re.compile(rf"<function\W({name})\b|{in_brackets}({name})((\.call)?\(|['\"]\s*[,:}}])")
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -859,7 +855,8 @@ class ToolCallParser:
             if self._calling or len(text) - place < MAX_HELD:
                 break
             place += 1
-        passed, begin = text[self._passed : place], max(0, place - MAX_HELD)
+        passed = text[self._passed : place]
+        begin = max(0, place - MAX_HELD)  # what is before that is no longer needed
         self._held, self._passed = io.StringIO(), place - begin
         self._held.write(text[begin:])
         return [passed] if passed else []
@@ -873,10 +870,10 @@ class ToolCallParser:
         first = place == next_call or begins_answer(text, place)
         own = re.search(OWN_TAG, wrapping[0])
         in_json = wrapping["function"] in self.names or self._in_json.match(value)
-        in_code = (own or (first and not wrapping[0])) and self._in_code.match(value)
-        in_own_tag = own and (first or value.startswith(("{", "[")))  # at the start of an answer, whatever is in it
-        seems_a_call = in_json or in_code or in_own_tag or (first and value.startswith(RESULT_TAG))
-        return wrapping if seems_a_call else None
+        in_own_tag = own and (first or value.startswith(("{", "[")))  # at the start of an answer, words too
+        in_code = (own or (first and not wrapping[0])) and self._in_code.match(value)  # but not in a fence
+        made_up = first and value.startswith(RESULT_TAG)
+        return wrapping if in_json or in_own_tag or in_code or made_up else None
 
     def _split(self, lenient: bool = False) -> list[Any]:
         """The calls in what is held, and the text around them. Raises if the model has to be asked to correct it."""
@@ -895,12 +892,14 @@ class ToolCallParser:
             if text.startswith(RESULT_TAG, begin):
                 raise misread("the model made up the result of a tool", text[begin:], MADE_UP_RESULT)
             calls, end, problem = self._calls_at(text, begin, wrapping)
-            if problem and not (lenient and (calls or pieces)):
-                raise problem
             if problem:
+                if not (lenient and (calls or pieces)):
+                    raise problem
                 # The broken call may need the result of one before it. The model can make it again after that result.
                 warn("a tool call was left out: %s", problem)
-                text, end = text[:place], place  # nothing after this is read
+                pieces += [text[start:place], *calls]
+                start = len(text)
+                break
             if calls:
                 end = skip(rf"{CLOSING}(\s*```)?{CLOSING}" if wrapping["fence"] else CLOSING, text, end)
                 if "<" in wrapping[0] or place == next_call or begins_answer(text, place):
@@ -913,10 +912,10 @@ class ToolCallParser:
         return [each for each in pieces if not isinstance(each, str) or each.strip() or (each and len(pieces) == 1)]
 
     def _calls_at(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[Any], int, Exception | None]:
-        """The calls at ``place``, one after another or in lists, the position after them, and what is wrong there.
+        """The calls at ``place``, one after another or in lists, where they end, and what is wrong there, if anything.
 
-        If the first value is no call, that is the position after it. In an `OWN_TAG`, every value has to be a call.
-        Elsewhere, the first has to name an offered tool, and whatever has a name after it is a call too.
+        In an `OWN_TAG`, every value has to be a call. Elsewhere, the first one has to name an offered tool, and those
+        after it need only have a name. If the first value is no call, there are none, and the end is that of the value.
         """
         function, own = wrapping["function"], re.search(OWN_TAG, wrapping[0])
         name_suffices = re.search("tool|function|call", wrapping[0])  # no arguments are needed
@@ -952,9 +951,6 @@ WRAPPING = (
 # What models leave after a call: brackets and closing tags.
 CLOSING = r"([\s;,]*([}\]]|</[\w-]*>?|<\|/?(?!python_tag)\w*\|?>?))*"
 CALL_FIELDS = {"name", "arguments", "parameters", "function", "type", "id"}
-JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
-# A bracket, or a string, even an unfinished one.
-TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
 
 
 def find_opening(text: str, start: int, next_call: int = -1) -> int:
@@ -980,7 +976,7 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     value = value if isinstance(value, dict) else {}
     value = value["function"] if isinstance(value.get("function"), dict) else value
     name = value.get("name", value.get("function"))
-    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # one of both may be empty
+    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # which may be empty
     is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
     is_definition = is_schema or ("description" in value and not value.get("arguments"))
     return name if isinstance(name, str) else None, arguments, is_definition
@@ -1007,6 +1003,12 @@ def read_call(value: Any) -> llm.ToolCall:
     except ValueError:
         raise ValueError('its "arguments" contain NaN or Infinity, which are not JSON') from None
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
+
+
+# An object, a list, or reasoning, in which neither counts.
+JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
+# A bracket, or a string, even an unfinished one.
+TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
 
 
 def closing_bracket(text: str, start: int) -> int:
@@ -1045,15 +1047,14 @@ def matching_json(text: str, validator: Any) -> str:
     found = [*find_json(text)]
     values = [(value, written) for value, written in found if not repeats(validator.schema, value)]
     own, required = validator.schema.get("properties", {}).keys(), validator.schema.get("required", [])
-    # From the last to the first, but those with a property of the schema before the others.
     values.sort(key=lambda pair: isinstance(pair[0], dict) and not own.isdisjoint(pair[0]))
     mismatch = ""
-    for value, written in values[::-1]:
+    for value, written in reversed(values):  # those with a property of the schema first, and of these the last first
         try:
-            # Models may write the one required field alone, if it is a list: at most after "Here it is:".
-            alone = rf"(?m)(^|:)[^\w\n]*{re.escape(written)}\W*$"
-            listed = isinstance(value, list) and len(required) == len(values) == 1 and re.search(alone, text)
-            if listed and not validator.is_valid(value):
+            # Models may write the one required field alone, if it is a list, such as "Here you are: [1, 2]". In words
+            # such as "I left out [1, 2]", it is none.
+            listed = isinstance(value, list) and len(required) == len(values) == 1 and not validator.is_valid(value)
+            if listed and re.search(rf"(?m)(^|:)\s*{re.escape(written)}\W*$", text):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
             error = best_match(validator.iter_errors(value))
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
@@ -1077,7 +1078,8 @@ def repeats(schema: dict[str, Any], value: Any) -> bool:
     """Whether a value is a copy of the schema, which describes its properties, or of the example with its "..."."""
     described = value.get("properties") if isinstance(value, dict) else None
     copied = isinstance(described, dict) and not described.keys().isdisjoint(schema.get("properties", ()))
-    return copied or ('"..."' in (text := as_json(value)) and schema_instructions(schema).endswith(f"\n{text}"))
+    text = as_json(value)  # the instructions end with the example
+    return copied or ('"..."' in text and schema_instructions(schema).endswith(f"\n{text}"))
 
 
 def find_json(text: str) -> Iterator[tuple[Any, str]]:
@@ -1090,7 +1092,7 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
     end = 0
     while found := re.compile(JSON_START).search(text, end):
         start, end = found.span()
-        if found["tag"]:  # this is reasoning, and no answer
+        if found["tag"]:  # this is reasoning
             continue
         try:
             value, end = decoder.raw_decode(text, start)
@@ -1205,12 +1207,11 @@ def page_words(page: str) -> str:
 
 def error_words(body: object) -> str:
     """The message in an error body of any of the forms in PROTOCOL.md, or several, if they say different things."""
-    found: list[str] = []
-    for value in map(body.get, ("error", "errors", *MESSAGE_KEYS)) if isinstance(body, dict) else ():
-        words = error_words(value)
-        if value and value is not True and not any(words in known for known in found):
-            found = [known for known in found if known not in words] + [words]  # without those that it contains
-    return ": ".join(found) or (body if isinstance(body, str) else as_json(body))
+    if not isinstance(body, dict):
+        return body if isinstance(body, str) else as_json(body)
+    values = [value for key in ("error", "errors", *MESSAGE_KEYS) if (value := body.get(key)) and value is not True]
+    found = dict.fromkeys(map(error_words, values))
+    return ": ".join(one for one in found if not any(one != other and one in other for other in found)) or as_json(body)
 
 
 def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
@@ -1297,7 +1298,7 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         # If a proxy could not connect, the reason begins with its HTTP status or, for SOCKS, with httpcore's words.
         status = re.match(r"[0-9]{3}\b", reason)
         temporary = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
-        retryable = temporary or not isinstance(error, httpx.ProxyError)  # other refusals of a proxy are final
+        retryable = temporary or not isinstance(error, httpx.ProxyError)  # other refusals, such as 407, are final
         return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
@@ -1370,8 +1371,8 @@ class Exchange:
         instructions = tool_instructions(self.tools) if self.tools else in_json  # with both, models make results up
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on only the first system prompt. Here the last one counts. A turn whose messages begin
-        # differently had its own history (``messages=``), so its system prompt is not meant for this one.
+        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. A turn with other
+        # messages (``messages=``) begins differently, and does not count.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
         if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(texts[-1])])
@@ -1379,8 +1380,8 @@ class Exchange:
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # Our instructions alone are no prompt. In a conversation, a last message of the assistant is the previous
         # answer. Elsewhere, it is the beginning of an answer that the caller wants continued.
-        roles = [message["role"] for message in messages if message["content"] != instructions]
-        if not roles or (roles[-1] == "assistant" and conversation is not None):
+        last = messages[-1] if messages else {"role": "", "content": instructions}
+        if last["content"] == instructions or (last["role"] == "assistant" and conversation is not None):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
 
@@ -1391,16 +1392,14 @@ class Exchange:
         while error := attempt.error:
             number = attempt.number
             shown = error.for_user(self.url, number, checking=limit == 1)  # no other command has a limit of 1
-            # The model is asked once. If that attempt fails on the way, the next one asks the same again.
-            wait, to_correct = 0.0, attempt.corrected
-            if error.correction and not to_correct and number < limit:
-                step, to_correct = "asking the model to correct it", attempt
-            elif not attempt.yielded and (pause := retry_wait(error, number, limit)) is not None:
-                step, wait = f"trying again in {pause:.1f} s", pause
+            if error.correction and not attempt.corrected and number < limit:
+                logger.info("%s; asking the model to correct it", shown)
+                attempt = self.model.attempt_type(self, number + 1, corrected=attempt)
+            elif not attempt.yielded and (wait := retry_wait(error, number, limit)) is not None:
+                logger.info("%s; trying again in %.1f s", shown, wait)
+                attempt = self.model.attempt_type(self, number + 1, wait, attempt.corrected)
             else:
                 raise shown from attempt.failure
-            logger.info("%s; %s", shown, step)
-            attempt = self.model.attempt_type(self, number + 1, wait, to_correct)
             yield attempt
         self._report(attempt)
 
@@ -1531,7 +1530,7 @@ class Attempt:
         """Seconds to wait for more bytes: ``timeout`` or, if nothing more is needed, what is left of a shorter limit.
 
         Reading on to the end of an error or a whole answer keeps the connection alive, and may bring words or the
-        usage. It is not worth waiting long for: `_problem` takes the TimeoutError for an end.
+        usage. It is not worth waiting long for: the `TimeoutError` ends the reply, and is no failure.
         """
         if not (self.refusal or self.whole):
             return timeout
@@ -1672,7 +1671,7 @@ def find_client(proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
     """
     now = time.monotonic()
     key = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES)))
-    own = [client for client in [*_clients] if client.key[:2] == key[:2]]
+    own = [client for client in [*_clients] if (client.key.process, client.key.loop) == (key.process, key.loop)]
     client = next((each for each in own if each.key == key and each.in_flight < POOL_SIZE), None) or Client(key)
     client.last_used = now
     _clients[client] = None  # if it is new
@@ -1695,7 +1694,7 @@ def sync_client(proxy: str) -> Client:
 def close_clients() -> None:
     """Close the sync clients of this process. The async ones are closed with their event loop."""
     for client in [*_clients]:
-        if client.key[:2] == (os.getpid(), None):
+        if (client.key.process, client.key.loop) == (os.getpid(), None):
             _clients.pop(client, None)
             client.http.close()
 
@@ -1728,7 +1727,7 @@ async def _live(client: Client) -> AsyncGenerator[None, None]:
         yield
     finally:
         _clients.pop(client, None)
-        # A loop of nest_asyncio never shuts down. This then runs at the end of the process, when the loop does not.
+        # A loop of nest_asyncio never shuts down, so this block runs at the end of the process, when no loop does.
         if client.key.process == os.getpid() and client.key.loop and client.key.loop.is_running():
             await client.http.aclose()
 
@@ -1774,7 +1773,7 @@ def limit_reads(head: httpx.Response, attempt: Attempt) -> None:
     async, by ``stream.read(max_bytes, timeout)``. A reply that a test made up has no stream.
     """
     if stream := head.extensions.get("network_stream"):
-        read = functools.partial(type(stream).read, stream)  # stream.read was replaced for each earlier reply
+        read = functools.partial(type(stream).read, stream)  # the class's own, as stream.read is replaced below
 
         def read_limited(max_bytes: int, timeout: float) -> Any:
             # Once this reply has ended, its connection may be another prompt's.
