@@ -336,9 +336,10 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     name = part.name
     output = part.output if isinstance(part.output, str) else json.dumps(part.output, ensure_ascii=False, default=repr)
     if part.exception is not None:
-        # Without a message it is recorded as "ValueError: " or "ValueError: None", and its output says even less.
+        # Without a message, this is "ValueError: " or "ValueError: None".
         failure = re.sub(r":\s*(None\s*)?\Z", ": no message was given", part.exception)
-        output = output if failure == part.exception else f"Error: {failure}"
+        if failure != part.exception:  # then the output says even less
+            output = f"Error: {failure}"
         return RESULT.format(name=name, output=output) if tools else f"[the tool {name} failed: {failure}]"
     if output.strip() in ("", "null") and not part.attachments:
         return (EMPTY_RESULT if tools else f"[{EMPTY_RESULT}]").format(name=name)
@@ -369,10 +370,8 @@ def image_url(attachment: llm.Attachment, new: bool) -> str | None:
 
 
 def build_body(service: ServiceModel, messages: list[dict[str, Any]], stream: bool) -> bytes:
-    """The request body: a JSON object with four keys, one of which is the messages as JSON in Base64.
-
-    That JSON has to be ASCII. The server may decode it with JavaScript's ``atob``, which would garble UTF-8.
-    """
+    """The request body: a JSON object with four keys, one of which is the messages as JSON in Base64."""
+    # That JSON has to be ASCII. The server may decode it with JavaScript's atob, which would garble UTF-8.
     encoded = base64.b64encode(json.dumps(messages).encode("ascii")).decode("ascii")
     body = {"messages": encoded, "threadId": service.name, "stream": stream, "aiAgent": service.name}
     return json.dumps(body).encode("ascii")
@@ -519,7 +518,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            # "name: value" or "name" is a field that we do not know.
+            # "name: value" or "name" is an unknown field, which is passed on as a string, and not understood.
             self._values.append(words if re.match(r"[\w-]+(:|\Z)", words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
@@ -648,21 +647,20 @@ class Completion:
         answer = {**choice, **message, **delta}
         all_fields = {**answer, **fields}
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # Without a choice, a message needs no code to be an error, if it comes after text or in a chunk.
+        # Without a choice, the words of an error need no code, if they come after text or in a chunk.
         if unusual and (error := reported_error(all_fields, message_suffices=not choice and (begun or is_chunk))):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
         text, thought, odd_text = text_of(answer, "content", "text", "refusal")
-        reasoning += thought
-        self._add("reasoning", reasoning, end=bool(text))
+        self._add("reasoning", reasoning + thought, end=bool(text))
         self._add("text", text)
         self._in_deltas = self._in_deltas or bool(text and not message)
-        # More text takes back what a finish reason said too early.
+        # A message is a whole completion. More text takes back what a finish reason said too early.
         self.whole = finished or bool(message) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
-        if text or reasoning:
+        if text or thought or reasoning:
             return True
         for inner in unusual.values():
             if isinstance(inner, dict) and (error := reported_error(inner)):
@@ -670,8 +668,10 @@ class Completion:
         # Beside a finish reason, an unknown field of the choice is about the end, such as stop_reason.
         if holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS):
             return False
-        # An unknown field of a chunk itself is about the request, unless it mentions an error.
-        return not holds_more(fields, CHUNK_FIELDS) or (is_chunk and not mentions_error(chunk))
+        if not holds_more(fields, CHUNK_FIELDS):
+            return True
+        # In a chunk, an unknown field beside the choices is about the request, unless it mentions an error.
+        return is_chunk and not mentions_error(chunk)
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
         """Keep what a chunk says about the answer as a whole, and return whether there is a finish reason."""
@@ -733,7 +733,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that are not empty, or 0 in place of text. Any other value gets the name ``""``."""
+    """The fields of an object that are not empty, or 0 in place of text. Any other value becomes a field ``""``."""
     fields = value if isinstance(value, dict) else {"": value}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
@@ -782,8 +782,7 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        # As if the reasoning began here, so that the next text is matched as well: <think> or <think></th or, if it has
-        # ended but no text has followed yet, <think></think>
+        # As if the reasoning began here: <think> or <think></th or, after its end if no text followed, <think></think>
         self._held = f"<{tag}>{closing}"
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
@@ -820,11 +819,12 @@ class ToolCallParser:
         self._calling = False  # a call seems to have begun
         self._recent = ""  # the end of the text since then, in which RESULT_TAG is looked for
         name = "|".join(map(re.escape, sorted(self.names)))
-        by_name = rf'"name"\s*:\s*"({name})"'  # {"name": "add"
-        by_type = rf'"(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'  # {"type": "function", … "add"
-        self._in_json = re.compile(rf"(\[\s*)?\{{\s*({by_name}|{by_type})")
-        in_brackets = r"([\[{]\W*(\w+\W+)?)?"  # [add( or {'name': 'add',
-        self._in_code = re.compile(rf"<function\W({name})\b|{in_brackets}({name})((\.call)?\(|['\"]\s*[,:}}])")
+        # {"name": "add" or [{"name": "add" or, with no tag in between, {"type": "function", "function": {"name": "add"
+        keys = rf'"name"\s*:\s*"({name})"|"(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
+        self._in_json = re.compile(rf"(\[\s*)?\{{\s*({keys})")
+        # add( or add.call( or [add( or [api.add( or {'add': or {'name': 'add', or <function=add
+        beginning = r"([\[{]\W*(\w+\W+)?)?"
+        self._in_code = re.compile(rf"{beginning}({name})((\.call)?\(|['\"]\s*[,:}}])|<function\W({name})\b")
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -868,12 +868,12 @@ class ToolCallParser:
         assert wrapping  # since the pattern can match nothing
         value = window[wrapping.end() :]
         first = place == next_call or begins_answer(text, place)
-        own = re.search(OWN_TAG, wrapping[0])
-        in_json = wrapping["function"] in self.names or self._in_json.match(value)
-        in_own_tag = own and (first or value.startswith(("{", "[")))  # at the start of an answer, words too
-        in_code = (own or (first and not wrapping[0])) and self._in_code.match(value)  # but not in a fence
-        made_up = first and value.startswith(RESULT_TAG)
-        return wrapping if in_json or in_own_tag or in_code or made_up else None
+        if wrapping["function"] in self.names or self._in_json.match(value) or (first and value.startswith(RESULT_TAG)):
+            return wrapping
+        in_code = self._in_code.match(value)
+        if re.search(OWN_TAG, wrapping[0]):  # at the start, whatever is in it; elsewhere, words may be about the tag
+            return wrapping if first or value.startswith(("{", "[")) or in_code else None
+        return wrapping if first and in_code and not wrapping[0] else None  # in a fence, it is code for the user
 
     def _split(self, lenient: bool = False) -> list[Any]:
         """The calls in what is held, and the text around them. Raises if the model has to be asked to correct it."""
@@ -907,31 +907,25 @@ class ToolCallParser:
                     start, next_call = end, skip(r"\s*", text, end)
                 elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):  # alone on its line
                     raise misread("the answer holds a tool call without tags", text[begin:], CALL_AFTER_WORDS)
-            place = end  # what was read is text, unless it was added to the pieces
+            place = end  # if it was no call, it is still after start, and becomes text
         pieces.append(text[start:])
         return [each for each in pieces if not isinstance(each, str) or each.strip() or (each and len(pieces) == 1)]
 
     def _calls_at(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[Any], int, Exception | None]:
         """The calls at ``place``, one after another or in lists, where they end, and what is wrong there, if anything.
 
-        In an `OWN_TAG`, every value has to be a call. Elsewhere, the first one has to name an offered tool, and those
-        after it need only have a name. If the first value is no call, there are none, and the end is that of the value.
+        If the first value is not meant as a call, there are none, and the end is that of the value.
         """
-        function, own = wrapping["function"], re.search(OWN_TAG, wrapping[0])
-        name_suffices = re.search("tool|function|call", wrapping[0])  # no arguments are needed
         calls: list[llm.ToolCall] = []
-        end, next_value = place, place
+        end, next_value = 0, place
         try:
             while not calls or re.compile(r"(\[\s*)?\{").match(text, next_value):
                 value, after = decode_json(text, next_value)
-                if function and not calls:
-                    value = {"name": function, "arguments": value}
+                if wrapping["function"] and not calls:
+                    value = {"name": wrapping["function"], "arguments": value}
                 values = value if value and isinstance(value, list) else [value]
-                fields = [call_fields(each) for each in values]
-                offered = any(name in self.names and (name_suffices or given is not None) for name, given, _ in fields)
-                meant = own or ((calls or offered) and all(name for name, _, _ in fields))
-                if not meant or any(is_definition for _, _, is_definition in fields):
-                    return calls, (end if calls else after), None
+                if not all(self._means_call(each, wrapping[0], bool(calls) or n > 0) for n, each in enumerate(values)):
+                    return calls, end or after, None
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
         except (ValueError, RecursionError) as error:
@@ -939,6 +933,18 @@ class ToolCallParser:
             begin, correction = text[next_value:] or wrapping[0], BROKEN_CALL.format(problem=problem)
             return calls, end, misread(f"the model's tool call cannot be read: {problem}", begin, correction)
         return calls, end, None
+
+    def _means_call(self, value: Any, tags: str, after_call: bool) -> bool:
+        """Whether a JSON value is meant as a call, as anything in our own tags is, except for a tool's definition.
+
+        Elsewhere, it names an offered tool and has arguments, unless a tag speaks of calls. After a call, any name will do.
+        """
+        name, arguments, is_definition = call_fields(value)
+        if is_definition or re.search(OWN_TAG, tags):
+            return not is_definition
+        if after_call:
+            return name is not None
+        return name in self.names and (arguments is not None or bool(re.search("tool|function|call", tags)))
 
 
 OWN_TAG = r"<\|?(tool_call|tools|python_tag)\|?>"  # what we ask for, what is around the tools, and Llama's own
@@ -976,7 +982,8 @@ def call_fields(value: Any) -> tuple[str | None, Any, bool]:
     value = value if isinstance(value, dict) else {}
     value = value["function"] if isinstance(value.get("function"), dict) else value
     name = value.get("name", value.get("function"))
-    arguments = value.get("arguments") or value.get("parameters", value.get("arguments"))  # which may be empty
+    given = [value[key] for key in ("arguments", "parameters") if value.get(key) is not None]
+    arguments = max(given, key=bool, default=None)  # of two, the one that is filled
     is_schema = isinstance(arguments, dict) and arguments.get("type") == "object" and "properties" in arguments
     is_definition = is_schema or ("description" in value and not value.get("arguments"))
     return name if isinstance(name, str) else None, arguments, is_definition
@@ -1005,7 +1012,7 @@ def read_call(value: Any) -> llm.ToolCall:
     return llm.ToolCall(name=name, arguments=arguments, tool_call_id=f"call_{uuid.uuid4().hex}")
 
 
-# An object, a list, or reasoning, in which neither counts.
+# The start of an object or a list, or reasoning, in which they do not count.
 JSON_START = THOUGHT + r"""|\{\s*["}]|\[\s*(["\]\[{0-9-]|true|false|null)"""
 # A bracket, or a string, even an unfinished one.
 TOKEN = r"""(?s)[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*"?"""
@@ -1051,8 +1058,7 @@ def matching_json(text: str, validator: Any) -> str:
     mismatch = ""
     for value, written in reversed(values):  # those with a property of the schema first, and of these the last first
         try:
-            # Models may write the one required field alone, if it is a list, such as "Here you are: [1, 2]". In words
-            # such as "I left out [1, 2]", it is none.
+            # Models may leave out the object around one list, alone or after "Here it is:", but not after "I left out".
             listed = isinstance(value, list) and len(required) == len(values) == 1 and not validator.is_valid(value)
             if listed and re.search(rf"(?m)(^|:)\s*{re.escape(written)}\W*$", text):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
@@ -1295,10 +1301,10 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
         elif isinstance(error, httpx.ConnectError) and (not reason_of(cause) or "EOF occurred" in reason):
             # Only a failed TLS handshake has no message, or this one of OpenSSL.
             reason = "the connection was closed during the TLS handshake"
-        # If a proxy could not connect, the reason begins with its HTTP status or, for SOCKS, with httpcore's words.
-        status = re.match(r"[0-9]{3}\b", reason)
-        temporary = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server could not connect")
-        retryable = temporary or not isinstance(error, httpx.ProxyError)  # other refusals, such as 407, are final
+        retryable = True
+        if isinstance(error, httpx.ProxyError):  # the reason begins with its HTTP status or httpcore's words for SOCKS
+            status = re.match(r"[0-9]{3}\b", reason)
+            retryable = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server")
         return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
@@ -1368,18 +1374,19 @@ class Exchange:
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
         """The messages to send. Raises if the user has given nothing to answer."""
         in_json = schema_instructions(self.validator.schema) if self.validator else ""
-        instructions = tool_instructions(self.tools) if self.tools else in_json  # with both, models make results up
+        instructions = tool_instructions(self.tools) if self.tools else in_json
+        # With tools, the schema follows their results: given both at once, models make results up.
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. A turn with other
-        # messages (``messages=``) begins differently, and does not count.
+        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. All turns begin with
+        # the same message, except those that were given others (``messages=``), which do not count.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
         if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(texts[-1])])
             given = [system, *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
-        # Our instructions alone are no prompt. In a conversation, a last message of the assistant is the previous
-        # answer. Elsewhere, it is the beginning of an answer that the caller wants continued.
+        # A system message of our instructions is no prompt. In a conversation, a last message of the assistant is the
+        # previous answer. Elsewhere, it is the beginning of an answer that the caller wants continued.
         last = messages[-1] if messages else {"role": "", "content": instructions}
         if last["content"] == instructions or (last["role"] == "assistant" and conversation is not None):
             raise AutonomousError("the prompt is empty: nothing was sent")
@@ -1391,7 +1398,7 @@ class Exchange:
         yield attempt
         while error := attempt.error:
             number = attempt.number
-            shown = error.for_user(self.url, number, checking=limit == 1)  # no other command has a limit of 1
+            shown = error.for_user(self.url, number, checking=limit == 1)  # the limit of `llm autonomous check`
             if error.correction and not attempt.corrected and number < limit:
                 logger.info("%s; asking the model to correct it", shown)
                 attempt = self.model.attempt_type(self, number + 1, corrected=attempt)
@@ -1515,10 +1522,8 @@ class Attempt:
 
     def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
-        pieces: list[Any] = []
-        if not self.error:  # an error that came before the end is more telling than what is found now
-            pieces = self._decode(b"", end=True)
-            self.error = self._problem()
+        pieces = self._decode(b"", end=True)
+        self.error = self.error or self._problem()
         if not self.error:
             pieces += self._parse([], end=True)  # which may find a mistake of the model
             self.error = self.error and explained(self.error, self.completion.finish_reason)
@@ -1578,15 +1583,12 @@ class Attempt:
             return []
 
     def _problem(self) -> AutonomousError | None:
-        """What is wrong with the reply, now that it has ended. The most telling comes first."""
+        """What is wrong with a reply that has ended without an error. The most telling comes first."""
         unknown, answered = self.completion.not_understood, self.thinking.answered
         if self.refusal:
             return status_error(self.refusal, self.beginning)
-        page = self.error is not None and self.error.outage  # a web page, which says more than a lost connection
-        if self.failure and not (self.whole or page):
+        if self.failure and not self.whole:
             return transport_error(self.failure, answered, self.exchange.timeout, self.exchange.proxy)
-        if self.error:
-            return self.error
         if answered and self.framing.cut_off and not self.whole:
             return AutonomousError("the answer is incomplete: the reply ends within an event")
         if answered and mentions_error(unknown):
@@ -1673,7 +1675,7 @@ def find_client(proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
     key = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES)))
     own = [client for client in [*_clients] if (client.key.process, client.key.loop) == (key.process, key.loop)]
     client = next((each for each in own if each.key == key and each.in_flight < POOL_SIZE), None) or Client(key)
-    client.last_used = now
+    client.last_used = now  # so that it is not closed below
     _clients[client] = None  # if it is new
     idle = sorted((old for old in own if not old.in_flight), key=lambda old: old.last_used, reverse=True)
     unneeded = [old for n, old in enumerate(idle) if n >= MAX_IDLE_CLIENTS or old.last_used < now - KEEPALIVE]
@@ -1773,7 +1775,7 @@ def limit_reads(head: httpx.Response, attempt: Attempt) -> None:
     async, by ``stream.read(max_bytes, timeout)``. A reply that a test made up has no stream.
     """
     if stream := head.extensions.get("network_stream"):
-        read = functools.partial(type(stream).read, stream)  # the class's own, as stream.read is replaced below
+        read = functools.partial(type(stream).read, stream)  # not stream.read, which an earlier reply may have replaced
 
         def read_limited(max_bytes: int, timeout: float) -> Any:
             # Once this reply has ended, its connection may be another prompt's.
@@ -1814,9 +1816,8 @@ class SocksHandshake:
         error: BaseException = info["exception"]
         if isinstance(error, httpcore.TimeoutException):
             return httpcore.ProxyError(f"no reply within {self.timeout:g} s")
-        if isinstance(error, httpcore.ProxyError) or not isinstance(error, Exception):  # or Ctrl-C, for example
-            return error
-        return httpcore.ProxyError("it does not answer as a SOCKS proxy")
+        malformed = isinstance(error, Exception) and not isinstance(error, httpcore.ProxyError)  # and not Ctrl-C
+        return httpcore.ProxyError("it does not answer as a SOCKS proxy") if malformed else error
 
 
 class _Shared:
