@@ -62,7 +62,7 @@ CONNECT_TIMEOUT = 10.0  # seconds to connect
 END_TIMEOUT = 1.0  # seconds for usage and the end of the reply to arrive once the answer is whole
 ERROR_BODY_TIMEOUT = 5.0  # seconds for the body of an error status to arrive
 KEEPALIVE = 60.0  # seconds that an idle connection stays open for the next prompt
-POOL_SIZE = 32  # prompts at the same time on one client, which is one pool of connections
+POOL_SIZE = 32  # prompts at the same time on one client: httpcore compares all connections of a pool for each request
 MAX_IDLE_CLIENTS = 32  # kept for later prompts, each with its connections
 
 ATTEMPTS = 3  # per prompt, including the first
@@ -78,6 +78,7 @@ USUAL_FINISH_REASON = (
 )
 LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
 NO_FINISH_REASONS = ("", "null", "none", "undefined")
+LIBRARIES = (__name__, "httpx", "httpcore", "h11", "anyio")  # whose exceptions are about the connection or the reply
 MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")  # the keys that hold the text of an error
 NO_ERROR = r"(?i)(0+|200|ok|success(ful)?|none|null|false)?"  # codes, errors and messages that stand for success
 THINKING_TAGS = ("think", "scratch_pad")
@@ -276,7 +277,7 @@ def build_messages(
             turns.insert(0, {"role": "system", "text": "", "images": []})
         turns[0]["text"] = paragraphs(turns[0]["text"], instructions)
     if after_results:
-        gap = "\n" if messages[-1].role == "tool" else "\n\n"  # as it was measured
+        gap = "\n" if messages[-1].role == "tool" else "\n\n"  # as in the measurements
         turns[-1]["text"] = paragraphs(turns[-1]["text"], after_results, gap=gap)
     if any(turn["images"] for turn in turns):
         # Llama 3.2 Vision's own chat template refuses a system message beside an image.
@@ -338,7 +339,7 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     if part.exception is not None:
         # Without a message, this is "ValueError: " or "ValueError: None".
         failure = re.sub(r":\s*(None\s*)?\Z", ": no message was given", part.exception)
-        if failure != part.exception:  # then the output says even less
+        if failure != part.exception:  # then the output is "Error: " or "Error: None"
             output = f"Error: {failure}"
         return RESULT.format(name=name, output=output) if tools else f"[the tool {name} failed: {failure}]"
     if output.strip() in ("", "null") and not part.attachments:
@@ -347,10 +348,7 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
 
 
 def image_url(attachment: llm.Attachment, new: bool) -> str | None:
-    """The URL of an image of one of `IMAGE_TYPES`: its own, or a ``data:`` URL of its bytes. None for anything else.
-
-    Nothing is fetched. `llm` has already asked the URL for its type, and a URL without one is taken to be an image.
-    """
+    """The URL of an image of one of `IMAGE_TYPES`: its own, or a ``data:`` URL of its bytes. None for anything else."""
     link = None if attachment.content else attachment.url
     try:
         encoded = None if link else attachment.base64_content()
@@ -365,7 +363,7 @@ def image_url(attachment: llm.Attachment, new: bool) -> str | None:
         return None
     sent_type = IMAGE_TYPES.get(kind.partition(";")[0].strip().lower())
     if link:
-        return link if sent_type or not kind else None
+        return link if sent_type or not kind else None  # without a type, it is taken to be an image
     return f"data:{sent_type};base64,{encoded}" if sent_type else None
 
 
@@ -644,8 +642,8 @@ class Completion:
         delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
         if self._in_deltas or "content" in delta:
             message = {}  # it repeats the deltas
-        answer = {**choice, **message, **delta}
-        all_fields = {**answer, **fields}
+        answer = {**choice, **message, **delta}  # what the choice says
+        all_fields = {**answer, **fields}  # what the whole chunk says
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
         # Without a choice, the words of an error need no code, if they come after text or in a chunk.
         if unusual and (error := reported_error(all_fields, message_suffices=not choice and (begun or is_chunk))):
@@ -734,7 +732,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 def filled(value: Any) -> dict[str, Any]:
     """The fields of an object that are not empty, or 0 in place of text. Any other value becomes a field ``""``."""
-    fields = value if isinstance(value, dict) else {"": value}
+    fields = value if isinstance(value, dict) else {"": value}  # which always holds more
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
 
@@ -782,7 +780,7 @@ class Thinking:
         if not (closing or end) and cut >= 0 and f"</{tag}>".startswith(reasoning[cut:]):
             reasoning, closing = reasoning[:cut], reasoning[cut:]
         text = text[found.end() :]
-        # As if the reasoning began here: <think> or <think></th or, after its end if no text followed, <think></think>
+        # With the opening tag, so that the pattern matches the next text too: <think> or <think></th or <think></think>
         self._held = f"<{tag}>{closing}"
         self.answered = bool(text)
         thought: list[str | StreamEvent] = [StreamEvent(type="reasoning", chunk=reasoning)] if reasoning else []
@@ -914,7 +912,7 @@ class ToolCallParser:
     def _calls_at(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[Any], int, Exception | None]:
         """The calls at ``place``, one after another or in lists, where they end, and what is wrong there, if anything.
 
-        If the first value is not meant as a call, there are none, and the end is that of the value.
+        They end where a value is not meant as a call. If that is the first one, the end is the place after it.
         """
         calls: list[llm.ToolCall] = []
         end, next_value = 0, place
@@ -937,7 +935,7 @@ class ToolCallParser:
     def _means_call(self, value: Any, tags: str, after_call: bool) -> bool:
         """Whether a JSON value is meant as a call, as anything in our own tags is, except for a tool's definition.
 
-        Elsewhere, it names an offered tool and has arguments, unless a tag speaks of calls. After a call, any name will do.
+        Elsewhere, it names an offered tool, with arguments unless a tag speaks of calls. After a call, any name counts.
         """
         name, arguments, is_definition = call_fields(value)
         if is_definition or re.search(OWN_TAG, tags):
@@ -1066,7 +1064,7 @@ def matching_json(text: str, validator: Any) -> str:
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
             raise AutonomousError(f"the schema cannot be applied: {quoted(str(failure))}") from None
         if error is None:
-            with contextlib.suppress(Exception):  # if the schema cannot be applied to another value, it is not meant
+            with contextlib.suppress(Exception):  # if the schema cannot be applied to the other value
                 if sum(validator.is_valid(other) for other, _ in values) > 1:
                     warn("the answer holds several values that match the schema; only one of them is kept")
             return with_escapes(written)
@@ -1105,7 +1103,7 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             yield value, text[start:end]
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
-            # Without commas before brackets. Strings match as tokens first, so they stay as they are.
+            # Without commas before brackets. No other token begins with a comma.
             mended = re.sub(TOKEN + r"|,(?=\s*[}\]])", lambda token: token[0].removeprefix(","), text[start:end])
             with contextlib.suppress(ValueError, RecursionError):  # if more than that is wrong
                 yield decoder.decode(mended), mended
@@ -1216,7 +1214,7 @@ def error_words(body: object) -> str:
     if not isinstance(body, dict):
         return body if isinstance(body, str) else as_json(body)
     values = [value for key in ("error", "errors", *MESSAGE_KEYS) if (value := body.get(key)) and value is not True]
-    found = dict.fromkeys(map(error_words, values))
+    found = dict.fromkeys(map(error_words, values))  # some may be contained in others
     return ": ".join(one for one in found if not any(one != other and one in other for other in found)) or as_json(body)
 
 
@@ -1333,8 +1331,8 @@ def root_cause(error: BaseException) -> BaseException:
 
 def reason_of(cause: BaseException) -> str:
     """What the operating system or OpenSSL says went wrong."""
-    if type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
-        return os.strerror(cause.errno)  # asyncio replaces the words; errors of ssl and socket have other codes
+    if sys.platform != "win32" and type(cause).__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:
+        return os.strerror(cause.errno)  # asyncio replaces the words; Windows and other modules have other codes
     words = getattr(cause, "verify_message", "") or getattr(cause, "strerror", "") or str(cause)
     return quoted(words).rstrip(".")
 
@@ -1378,17 +1376,18 @@ class Exchange:
         # With tools, the schema follows their results: given both at once, models make results up.
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. All turns begin with
-        # the same message, except those that were given others (``messages=``), which do not count.
+        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. Each turn has all
+        # messages before it, so a turn with another beginning was given its own (``messages=``), and does not count.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
         if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(texts[-1])])
             given = [system, *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
-        # A system message of our instructions is no prompt. In a conversation, a last message of the assistant is the
-        # previous answer. Elsewhere, it is the beginning of an answer that the caller wants continued.
-        last = messages[-1] if messages else {"role": "", "content": instructions}
-        if last["content"] == instructions or (last["role"] == "assistant" and conversation is not None):
+        last = messages[-1] if messages else {"role": "system", "content": instructions}
+        # With a past, a last message of the assistant is the previous answer. Without, the caller wants it continued.
+        past = conversation and (conversation.responses or getattr(conversation, "loaded_messages", None))
+        answered = last["role"] == "assistant" and past
+        if answered or last["content"] == instructions:  # a system message that we added
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
 
@@ -1459,7 +1458,7 @@ class Attempt:
     """One try: the request, and the reply as far as it has arrived. No I/O.
 
     `execute` passes in the status and headers (`open`), then the bytes (`feed`) until it is `done`, then any exception
-    that got in the way (`failure`), and finally the end (`close`).
+    that got in the way (`fail`), and finally the end (`close`).
     """
 
     def __init__(self, exchange: Exchange, number: int = 1, wait: float = 0, corrected: Attempt | None = None) -> None:
@@ -1519,6 +1518,12 @@ class Attempt:
         if len(self.beginning) < limit:
             self.beginning += data[: limit - len(self.beginning)]
         return self._out(self._decode(data))
+
+    def fail(self, failure: Exception) -> None:
+        """Take an exception of Python or the libraries below. The caller's own, such as a time limit, is raised."""
+        if type(failure).__module__.partition(".")[0] not in {*sys.stdlib_module_names, *LIBRARIES}:
+            raise failure
+        self.failure = failure
 
     def close(self) -> list[str | StreamEvent]:
         """Take the end of the reply, and return the pieces of the answer that it completes."""
@@ -1591,29 +1596,25 @@ class Attempt:
             return transport_error(self.failure, answered, self.exchange.timeout, self.exchange.proxy)
         if answered and self.framing.cut_off and not self.whole:
             return AutonomousError("the answer is incomplete: the reply ends within an event")
-        if answered and mentions_error(unknown):
+        if answered and unknown is not None and mentions_error(unknown):
             return AutonomousError(f"the answer is incomplete: the service reports {quoted(as_json(unknown))}")
         if answered:
             return None
         if unknown is not None or self.framing.cut_off:
             return not_understood(self.framing.cut_off or as_json(unknown))
         message = "the answer was empty" + (", after some reasoning" if self.thinking.reasoned else "")
-        reason = self.completion.finish_reason
-        at_limit = re.search(LIMIT_REASON, reason)
-        if reason and not at_limit:
-            message += f" (finish reason: {reason})"
         if body := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {body}"
-        correction = EMPTY_CORRECTION if self.exchange.new_results else None
-        error = AutonomousError(quoted(message), outage=True, correction=correction)
-        return explained(error, reason) if at_limit else error
+        error = AutonomousError(quoted(message), outage=True)
+        error.correction = EMPTY_CORRECTION if self.exchange.new_results else None
+        return explained(error, self.completion.finish_reason)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
         """The pieces in the form that `llm` expects from `execute`."""
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded and not self.exchange.validator:
-                pieces.insert(0, "\n")  # after words that were shown before the mistake
+                pieces.insert(0, "\n")  # after words before the mistake, which only a schema keeps from being shown
         if self.parser is None:
             return pieces
         out: list[str | StreamEvent] = []
@@ -1667,10 +1668,7 @@ _locks: dict[int, threading.RLock] = collections.defaultdict(threading.RLock)
 
 
 def find_client(proxy: str, loop: Any = None) -> tuple[Client, list[Client]]:
-    """A client with room for another prompt, perhaps a new one, and the idle clients that should be closed.
-
-    One large pool would be slow: for each request, httpcore compares all connections of a pool with each other.
-    """
+    """A client with room for another prompt, perhaps a new one, and the idle clients that should be closed."""
     now = time.monotonic()
     key = ClientKey(os.getpid(), loop, proxy, tuple(map(os.environ.get, CERTIFICATE_VARIABLES)))
     own = [client for client in [*_clients] if (client.key.process, client.key.loop) == (key.process, key.loop)]
@@ -1816,7 +1814,7 @@ class SocksHandshake:
         error: BaseException = info["exception"]
         if isinstance(error, httpcore.TimeoutException):
             return httpcore.ProxyError(f"no reply within {self.timeout:g} s")
-        malformed = isinstance(error, Exception) and not isinstance(error, httpcore.ProxyError)  # and not Ctrl-C
+        malformed = isinstance(error, Exception) and not isinstance(error, httpcore.ProxyError)  # Ctrl-C is none
         return httpcore.ProxyError("it does not answer as a SOCKS proxy") if malformed else error
 
 
@@ -1854,13 +1852,13 @@ class Autonomous(_Shared, llm.Model):  # type: ignore[misc]  # llm nests its Opt
                     with contextlib.closing(http.send(request, stream=True)) as head:
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        body: Any = head.iter_bytes() if "content-encoding" in head.headers else head.stream
-                        for data in body:  # iter_raw() would do the same more slowly
+                        body = head.iter_bytes() if "content-encoding" in head.headers else head.stream
+                        for data in body:  # iter_raw() is slower than the stream itself
                             yield from attempt.feed(data)
                             if attempt.done:
                                 break
-                except Exception as failure:  # the user gets one line, whatever it is; the cause is chained
-                    attempt.failure = failure
+                except Exception as failure:
+                    attempt.fail(failure)
                 yield from attempt.close()
 
 
@@ -1874,8 +1872,8 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
 
         exchange = Exchange(self, prompt, stream, response, conversation)
         del response, conversation  # see the weak reference in Exchange
-        # When an event loop shuts down, it closes all async generators at once, and reports an error if one of them is
-        # just closing another. So this one reads the bytes itself, and not through a generator of ours.
+        # This repeats the sync loop. A generator for both would have to be closed by this one. When an event loop shuts
+        # down, it closes all async generators at once, and reports an error if one of them is just closing another.
         with await async_client(exchange.proxy) as http:
             for attempt in exchange.attempts():
                 if attempt.wait:
@@ -1888,14 +1886,14 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
                     async with contextlib.aclosing(head):
                         limit_reads(head, attempt)
                         attempt.open(head)
-                        body: Any = head.aiter_bytes() if "content-encoding" in head.headers else head.stream
+                        body = head.aiter_bytes() if "content-encoding" in head.headers else head.stream
                         async for data in body:
                             for piece in attempt.feed(data):
                                 yield piece
                             if attempt.done:
                                 break
                 except Exception as failure:
-                    attempt.failure = failure
+                    attempt.fail(failure)
                 for piece in attempt.close():
                     yield piece
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 import re
+import signal
 import socket
 import sys
 import zlib
@@ -17,11 +19,12 @@ from typing import Any
 
 import llm
 import pytest
-from conftest import Ask, Start, finish, invoke
+from conftest import Ask, Start, ask_sync, finish, invoke
 from loopback import DONE, Answer, Connection, Loopback, Request, delta, event, say
 from proxies import OddProxy, free_port, tls
+from pytest_httpx import HTTPXMock
 
-from llm_autonomous import BASE_URL, AutonomousError
+from llm_autonomous import BASE_URL, AutonomousError, reason_of
 
 SERVICE = BASE_URL.removeprefix("https://")
 
@@ -91,6 +94,48 @@ def test_handshake_that_fails(
         monkeypatch.setenv("AUTONOMOUS_BASE_URL", f"https://127.0.0.1:{server.port}")
         line = ask(timeout=timeout).line
     assert re.fullmatch(rf"127.0.0.1:{server.port}: cannot connect: {reason} \(3 attempts\)", line)
+
+
+class TooLong(Exception):
+    """A time limit of the program that prompts the model."""
+
+
+@pytest.mark.parametrize("sent", [b"", event(delta("Once")), event(delta("Once", finish_reason="stop"))])
+def test_an_exception_of_the_caller_is_raised_as_it_is(sent: bytes, server: Loopback) -> None:
+    """One that a signal raises before the reply, within it or at its end is no fault of the connection."""
+
+    async def answer(request: Request, connection: Connection) -> None:
+        if sent:
+            await connection.head()
+            await connection.send(sent)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await connection.stall()
+
+    def ring(*_: Any) -> None:
+        raise TooLong
+
+    server.answer = answer
+    before = signal.signal(signal.SIGUSR1, ring)
+    try:
+        with pytest.raises(TooLong):
+            ask_sync()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(server.requests) == 1
+
+
+def test_an_exception_of_the_caller_is_raised_as_it_is_also_in_async(ask: Ask, httpx_mock: HTTPXMock) -> None:
+    """Its class is neither Python's nor one of the HTTP client."""
+    httpx_mock.add_exception(TooLong(""))
+    with pytest.raises(TooLong):
+        ask()
+
+
+def test_windows_has_words_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, strerror does not know the codes of sockets, but the exception has the words."""
+    words = "No connection could be made because the target machine actively refused it"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert reason_of(ConnectionRefusedError(10061, words)) == words
 
 
 NO_ANSWERS = [

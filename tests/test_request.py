@@ -267,6 +267,14 @@ def test_a_prompt_need_not_be_typed_text(ask: Ask, service: HTTPXMock, prompt: d
     assert messages_of(only(service))[-1] == {"role": last.role, "content": last.parts[0].text}
 
 
+def test_a_conversation_may_begin_with_a_begun_answer(service: HTTPXMock) -> None:
+    """What the caller wrote for the assistant is no answer that has been given."""
+    model, begun = get_model("autonomous-llama"), [user("Count"), assistant("one,")]
+    for response in (model.chain(messages=begun), model.conversation().prompt(messages=begun)):
+        assert response.text() == "fine"
+        assert messages_of(service.get_requests()[-1])[-1] == {"role": "assistant", "content": "one,"}
+
+
 def test_nothing_typed_in_a_conversation_is_an_empty_prompt(service: HTTPXMock) -> None:
     """The answer that comes last then is not one that the model should go on with."""
     chat = get_model("autonomous-llama").conversation()
