@@ -636,17 +636,23 @@ class Completion:
         says_error = isinstance(chunk, str) and mentions_error(chunk)
         if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # the server or a proxy has died
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
-        is_chunk, fields = isinstance(chunk, dict) and "choices" in chunk, filled(chunk)
+        if not isinstance(chunk, dict):
+            return not chunk
+        fields = filled(chunk)
         choices = fields.get("choices", {})
-        choice = filled(choices[0] if isinstance(choices, list) else choices)
-        delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
+        choice = choices[0] if isinstance(choices, list) else choices
+        if choice and not isinstance(choice, dict):
+            return False
+        choice = filled(choice or {})
+        # If one of these is no object, it stays in the choice as an unknown field.
+        delta, message = (filled(choice.pop(k)) if type(choice.get(k)) is dict else {} for k in ("delta", "message"))
         if self._in_deltas or "content" in delta:
             message = {}  # it repeats the deltas
         answer = {**choice, **message, **delta}  # what the choice says
         all_fields = {**answer, **fields}  # what the whole chunk says
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
         # Without a choice, the words of an error need no code, if they come after text or in a chunk.
-        if unusual and (error := reported_error(all_fields, message_suffices=not choice and (begun or is_chunk))):
+        if unusual and (error := reported_error(all_fields, in_words=not choice and (begun or "choices" in chunk))):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
@@ -669,7 +675,7 @@ class Completion:
         if not holds_more(fields, CHUNK_FIELDS):
             return True
         # In a chunk, an unknown field beside the choices is about the request, unless it mentions an error.
-        return is_chunk and not mentions_error(chunk)
+        return "choices" in chunk and not mentions_error(chunk)
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
         """Keep what a chunk says about the answer as a whole, and return whether there is a finish reason."""
@@ -730,15 +736,14 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
     return text, thought, more
 
 
-def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that are not empty, or 0 in place of text. Any other value becomes a field ``""``."""
-    fields = value if isinstance(value, dict) else {"": value}  # which always holds more
+def filled(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not empty, or 0 in place of text."""
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
 
 def holds_more(fields: dict[str, Any], known: set[str]) -> bool:
-    """Whether there is more than a number in a field that is not ``known``, or anything that is no field at all."""
-    return any(not key or isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
+    """Whether there is text, a list or an object in a field that is not ``known``. Numbers do not count."""
+    return any(isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
 
 
 class Thinking:
@@ -820,9 +825,11 @@ class ToolCallParser:
         # {"name": "add" or [{"name": "add" or, with no tag in between, {"type": "function", "function": {"name": "add"
         keys = rf'"name"\s*:\s*"({name})"|"(id|type|function|arguments|parameters)"\s*:[^<]*?"({name})"'
         self._in_json = re.compile(rf"(\[\s*)?\{{\s*({keys})")
-        # add( or add.call( or [add( or [api.add( or {'add': or {'name': 'add', or <function=add
-        beginning = r"([\[{]\W*(\w+\W+)?)?"
-        self._in_code = re.compile(rf"{beginning}({name})((\.call)?\(|['\"]\s*[,:}}])|<function\W({name})\b")
+        self._in_code = re.compile(
+            rf"([\[{{]\W*(\w+\W+)?)?({name})(\.call)?\(|"  # add( or add.call( or [add( or [api.add(
+            rf"[\[{{]\W*(\w+\W+)?({name})['\"]\s*[,:}}]|"  # {'add': or {'name': 'add',
+            rf"<function\W({name})\b"  # <function=add
+        )
 
     def feed(self, pieces: Iterable[str], end: bool = False) -> list[Any]:
         """The text that ``pieces`` completes; at the ``end`` of the answer, the rest of the text and the calls."""
@@ -1218,11 +1225,11 @@ def error_words(body: object) -> str:
     return ": ".join(one for one in found if not any(one != other and one in other for other in found)) or as_json(body)
 
 
-def reported_error(fields: dict[str, Any], message_suffices: bool = False) -> AutonomousError | None:
+def reported_error(fields: dict[str, Any], in_words: bool = False) -> AutonomousError | None:
     """The error that an object reports: ``error``, ``errors``, or a message beside a code that is no success."""
     message = any(is_error_value(fields[key]) for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list)))
     code = fields.get("code", fields.get("status_code"))
-    failed = message and (message_suffices if code is None else is_error_value(code))
+    failed = message and (in_words if code is None else is_error_value(code))
     if failed or is_error_value(fields.get("error")) or is_error_value(fields.get("errors")):
         return AutonomousError(f"the service reports an error: {quoted(error_words(fields))}")
     return None
@@ -1261,11 +1268,8 @@ def status_error(reply: httpx.Response, body: bytes) -> AutonomousError:
 
 
 def parse_retry_after(value: str) -> float | None:
-    """Seconds to wait, by a ``Retry-After`` header, which has seconds or a date (RFC 9110, section 10.2.3).
-
-    If it was sent more than once, its values are separated by commas, and the longest wait counts.
-    """
-    waits = []
+    """Seconds to wait, by a ``Retry-After`` header, which has seconds or a date (RFC 9110, section 10.2.3)."""
+    waits = []  # several, if a proxy has added its own
     for part in re.split(r"(?<![a-z])\s*,\s*", value.strip()):  # not after the "Wed" of a date
         with contextlib.suppress(ValueError, OverflowError):  # if it is no number, and the date does not exist
             if re.fullmatch(r"[\d.]+", part):
@@ -1320,10 +1324,8 @@ CERTIFICATE_ADVICE[10] = ". Only the owner of the server can renew it"
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The innermost exception, as only that one says "Connection refused".
-
-    httpcore passes it on as the first argument of its own, and anyio in a group with one for each address of the host.
-    """
+    """The innermost exception, as only that one says "Connection refused"."""
+    # httpcore passes it on as the first argument of its own, and anyio in a group with one for each address of a host.
     inner = getattr(error, "exceptions", error.args)
     cause = error.__cause__ or (inner[0] if inner else None)
     return root_cause(cause) if isinstance(cause, BaseException) else error
