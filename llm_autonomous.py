@@ -337,9 +337,9 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     name = part.name
     output = part.output if isinstance(part.output, str) else json.dumps(part.output, ensure_ascii=False, default=repr)
     if part.exception is not None:
-        # Without a message, this is "ValueError: " or "ValueError: None".
+        # Without a message, the exception is "ValueError: " or "ValueError: None", and the output "Error: " or so.
         failure = re.sub(r":\s*(None\s*)?\Z", ": no message was given", part.exception)
-        if failure != part.exception:  # then the output is "Error: " or "Error: None"
+        if failure != part.exception:
             output = f"Error: {failure}"
         return RESULT.format(name=name, output=output) if tools else f"[the tool {name} failed: {failure}]"
     if output.strip() in ("", "null") and not part.attachments:
@@ -516,7 +516,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            # "name: value" or "name" is an unknown field, which is passed on as a string, and not understood.
+            # "name: value" or "name" is an unknown field, and no sign that the server died, unlike other words.
             self._values.append(words if re.match(r"[\w-]+(:|\Z)", words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
@@ -632,13 +632,13 @@ class Completion:
 
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
-        begun = self._in_deltas or self.whole  # some text has come, or the end
+        begun = self._in_deltas or self.whole  # some text has come, or the end, after which only words of errors matter
         says_error = isinstance(chunk, str) and mentions_error(chunk)
-        if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # the server or a proxy has died
+        if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # it has died
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
         if not isinstance(chunk, dict):
             return not chunk
-        fields = filled(chunk)
+        fields, has_choices = filled(chunk), "choices" in chunk
         choices = fields.get("choices", {})
         choice = choices[0] if isinstance(choices, list) else choices
         if choice and not isinstance(choice, dict):
@@ -651,8 +651,8 @@ class Completion:
         answer = {**choice, **message, **delta}  # what the choice says
         all_fields = {**answer, **fields}  # what the whole chunk says
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # Without a choice, the words of an error need no code, if they come after text or in a chunk.
-        if unusual and (error := reported_error(all_fields, in_words=not choice and (begun or "choices" in chunk))):
+        # Without a choice, words are an error even without a code, if they come after text or beside empty `choices`.
+        if unusual and (error := reported_error(all_fields, in_words=not choice and (begun or has_choices))):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
@@ -674,8 +674,8 @@ class Completion:
             return False
         if not holds_more(fields, CHUNK_FIELDS):
             return True
-        # In a chunk, an unknown field beside the choices is about the request, unless it mentions an error.
-        return "choices" in chunk and not mentions_error(chunk)
+        # An unknown field beside `choices` is about the request, unless it mentions an error.
+        return has_choices and not mentions_error(chunk)
 
     def _read_outcome(self, fields: dict[str, Any]) -> bool:
         """Keep what a chunk says about the answer as a whole, and return whether there is a finish reason."""
@@ -737,7 +737,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are not empty, or 0 in place of text."""
+    """The fields that are not empty. A 0 counts where text is expected."""
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
 
@@ -843,7 +843,7 @@ class ToolCallParser:
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
             if RESULT_TAG in self._recent:
-                # Only to set `finished`, if the tag follows the calls and is not in an argument.
+                # Once, when the tag first comes: if it follows calls, and is not in an argument, this sets `finished`.
                 with contextlib.suppress(AutonomousError):
                     self._split()
         try:
@@ -873,12 +873,13 @@ class ToolCallParser:
         assert wrapping  # since the pattern can match nothing
         value = window[wrapping.end() :]
         first = place == next_call or begins_answer(text, place)
-        if wrapping["function"] in self.names or self._in_json.match(value) or (first and value.startswith(RESULT_TAG)):
+        if wrapping["function"] in self.names or self._in_json.match(value):
             return wrapping
-        in_code = self._in_code.match(value)
-        if re.search(OWN_TAG, wrapping[0]):  # at the start, whatever is in it; elsewhere, words may be about the tag
-            return wrapping if first or value.startswith(("{", "[")) or in_code else None
-        return wrapping if first and in_code and not wrapping[0] else None  # in a fence, it is code for the user
+        own, in_code = re.search(OWN_TAG, wrapping[0]), self._in_code.match(value)
+        if first and (own or value.startswith(RESULT_TAG) or (in_code and not wrapping[0])):  # no fenced code
+            return wrapping
+        # Within an answer, other words in our own tags may be about these.
+        return wrapping if own and (in_code or value.startswith(("{", "["))) else None
 
     def _split(self, lenient: bool = False) -> list[Any]:
         """The calls in what is held, and the text around them. Raises if the model has to be asked to correct it."""
@@ -912,7 +913,7 @@ class ToolCallParser:
                     start, next_call = end, skip(r"\s*", text, end)
                 elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):  # alone on its line
                     raise misread("the answer holds a tool call without tags", text[begin:], CALL_AFTER_WORDS)
-            place = end  # if it was no call, it is still after start, and becomes text
+            place = end  # what was read and is no call, or one within a line, becomes text
         pieces.append(text[start:])
         return [each for each in pieces if not isinstance(each, str) or each.strip() or (each and len(pieces) == 1)]
 
@@ -922,7 +923,7 @@ class ToolCallParser:
         They end where a value is not meant as a call. If that is the first one, the end is the place after it.
         """
         calls: list[llm.ToolCall] = []
-        end, next_value = 0, place
+        end, next_value = place, place
         try:
             while not calls or re.compile(r"(\[\s*)?\{").match(text, next_value):
                 value, after = decode_json(text, next_value)
@@ -930,10 +931,10 @@ class ToolCallParser:
                     value = {"name": wrapping["function"], "arguments": value}
                 values = value if value and isinstance(value, list) else [value]
                 if not all(self._means_call(each, wrapping[0], bool(calls) or n > 0) for n, each in enumerate(values)):
-                    return calls, end or after, None
+                    return calls, (end if calls else after), None
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # from JSON or, with a reason, from read_call
             problem = f"it is not valid JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
             begin, correction = text[next_value:] or wrapping[0], BROKEN_CALL.format(problem=problem)
             return calls, end, misread(f"the model's tool call cannot be read: {problem}", begin, correction)
@@ -1110,7 +1111,7 @@ def find_json(text: str) -> Iterator[tuple[Any, str]]:
             yield value, text[start:end]
         except (ValueError, RecursionError):
             end = closing_bracket(text, start)  # skip all of it: a part of something broken is not the answer
-            # Without commas before brackets. No other token begins with a comma.
+            # Without commas before brackets. Strings match too, so that commas in them stay.
             mended = re.sub(TOKEN + r"|,(?=\s*[}\]])", lambda token: token[0].removeprefix(","), text[start:end])
             with contextlib.suppress(ValueError, RecursionError):  # if more than that is wrong
                 yield decoder.decode(mended), mended
@@ -1367,8 +1368,8 @@ class Exchange:
         parts = [part for message in since_answer(prompt.messages) for part in message.parts]
         self.new_results = bool(self.tools) and any(isinstance(part, ToolResultPart) for part in parts)
         self.messages = self._messages(prompt, conversation)
-        # Weak, because an async response holds the generator that holds this. If the caller stops reading, such a cycle
-        # would keep the connection open until the garbage collector runs.
+        # Weak, because an async response holds a generator, which holds this and the connection. If the caller stops
+        # reading, such a cycle would keep the connection open until the garbage collector runs.
         self.response: Any = weakref.proxy(response)
 
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
@@ -1378,18 +1379,17 @@ class Exchange:
         # With tools, the schema follows their results: given both at once, models make results up.
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. Each turn has all
-        # messages before it, so a turn with another beginning was given its own (``messages=``), and does not count.
+        # `llm` passes on only the first system prompt of a conversation. Here the last one counts, but not that of a
+        # turn with a list of its own (``messages=``), which begins with another message.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
-        if texts := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
-            system = llm.Message(role="system", parts=[TextPart(texts[-1])])
+        if systems := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
+            system = llm.Message(role="system", parts=[TextPart(systems[-1])])
             given = [system, *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
-        last = messages[-1] if messages else {"role": "system", "content": instructions}
         # With a past, a last message of the assistant is the previous answer. Without, the caller wants it continued.
         past = conversation and (conversation.responses or getattr(conversation, "loaded_messages", None))
-        answered = last["role"] == "assistant" and past
-        if answered or last["content"] == instructions:  # a system message that we added
+        nothing = not messages or messages[-1]["content"] == instructions  # which we added
+        if nothing or (past and messages[-1]["role"] == "assistant"):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
 
@@ -1522,7 +1522,7 @@ class Attempt:
         return self._out(self._decode(data))
 
     def fail(self, failure: Exception) -> None:
-        """Take an exception of Python or the libraries below. The caller's own, such as a time limit, is raised."""
+        """Take an exception of Python or the libraries below. Others come from the caller, as by a signal, and pass."""
         if type(failure).__module__.partition(".")[0] not in {*sys.stdlib_module_names, *LIBRARIES}:
             raise failure
         self.failure = failure
@@ -1542,7 +1542,7 @@ class Attempt:
         """Seconds to wait for more bytes: ``timeout`` or, if nothing more is needed, what is left of a shorter limit.
 
         Reading on to the end of an error or a whole answer keeps the connection alive, and may bring words or the
-        usage. It is not worth waiting long for: the `TimeoutError` ends the reply, and is no failure.
+        usage. It is not worth waiting long for: the `TimeoutError` ends the reply, and `_problem` ignores it.
         """
         if not (self.refusal or self.whole):
             return timeout
@@ -1616,7 +1616,7 @@ class Attempt:
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded and not self.exchange.validator:
-                pieces.insert(0, "\n")  # after words before the mistake, which only a schema keeps from being shown
+                pieces.insert(0, "\n")  # after the words that were shown; with a schema, none were
         if self.parser is None:
             return pieces
         out: list[str | StreamEvent] = []
@@ -1665,7 +1665,7 @@ class Client:
 
 _clients: dict[Client, None] = {}  # an ordered set
 # By process, as a lock that is held during a fork stays locked in the child. Reentrant, as the garbage collector may
-# end a prompt at any point. The async clients of a loop need none, as only one thread uses them.
+# end a prompt at any point. Finding an async client needs none, as only the thread of its loop uses it.
 _locks: dict[int, threading.RLock] = collections.defaultdict(threading.RLock)
 
 
@@ -1729,7 +1729,7 @@ async def _live(client: Client) -> AsyncGenerator[None, None]:
         yield
     finally:
         _clients.pop(client, None)
-        # A loop of nest_asyncio never shuts down, so this block runs at the end of the process, when no loop does.
+        # A loop of nest_asyncio never shuts down, so this block runs at the end of the process, without a running loop.
         if client.key.process == os.getpid() and client.key.loop and client.key.loop.is_running():
             await client.http.aclose()
 
@@ -1816,7 +1816,7 @@ class SocksHandshake:
         error: BaseException = info["exception"]
         if isinstance(error, httpcore.TimeoutException):
             return httpcore.ProxyError(f"no reply within {self.timeout:g} s")
-        malformed = isinstance(error, Exception) and not isinstance(error, httpcore.ProxyError)  # Ctrl-C is none
+        malformed = isinstance(error, Exception) and not isinstance(error, httpcore.ProxyError)  # Ctrl-C is neither
         return httpcore.ProxyError("it does not answer as a SOCKS proxy") if malformed else error
 
 
@@ -1874,8 +1874,8 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
 
         exchange = Exchange(self, prompt, stream, response, conversation)
         del response, conversation  # see the weak reference in Exchange
-        # This repeats the sync loop. A generator for both would have to be closed by this one. When an event loop shuts
-        # down, it closes all async generators at once, and reports an error if one of them is just closing another.
+        # This repeats the sync loop. An inner generator for both would have to be closed by this one, but an event loop
+        # that shuts down closes all async generators at once, and reports an error if one of them is closing another.
         with await async_client(exchange.proxy) as http:
             for attempt in exchange.attempts():
                 if attempt.wait:
