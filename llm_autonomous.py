@@ -338,7 +338,7 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     output = part.output if isinstance(part.output, str) else json.dumps(part.output, ensure_ascii=False, default=repr)
     if part.exception is not None:
         # Without a message, the exception is "ValueError: " or "ValueError: None", and the output "Error: " or so.
-        failure = re.sub(r":\s*(None\s*)?\Z", ": no message was given", part.exception)
+        failure = re.sub(r"\A([^\s:]*):\s*(None\s*)?\Z", r"\1: no message was given", part.exception)
         if failure != part.exception:
             output = f"Error: {failure}"
         return RESULT.format(name=name, output=output) if tools else f"[the tool {name} failed: {failure}]"
@@ -636,32 +636,25 @@ class Completion:
         says_error = isinstance(chunk, str) and mentions_error(chunk)
         if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # it has died
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
-        if not isinstance(chunk, dict):
-            return not chunk
-        fields, has_choices = filled(chunk), "choices" in chunk
+        fields, has_choices = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
         choices = fields.get("choices", {})
-        choice = choices[0] if isinstance(choices, list) else choices
-        if choice and not isinstance(choice, dict):
-            return False
-        choice = filled(choice or {})
-        # If one of these is no object, it stays in the choice as an unknown field.
-        delta, message = (filled(choice.pop(k)) if type(choice.get(k)) is dict else {} for k in ("delta", "message"))
-        if self._in_deltas or "content" in delta:
-            message = {}  # it repeats the deltas
+        choice = filled(choices[0] if isinstance(choices, list) else choices)
+        delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
+        message = {} if self._in_deltas else message  # it only repeats the deltas
         answer = {**choice, **message, **delta}  # what the choice says
         all_fields = {**answer, **fields}  # what the whole chunk says
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
         # Without a choice, words are an error even without a code, if they come after text or beside empty `choices`.
-        if unusual and (error := reported_error(all_fields, in_words=not choice and (begun or has_choices))):
+        if unusual and (error := reported_error(all_fields, "choices" not in fields and (begun or has_choices))):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
         text, thought, odd_text = text_of(answer, "content", "text", "refusal")
         self._add("reasoning", reasoning + thought, end=bool(text))
         self._add("text", text)
-        self._in_deltas = self._in_deltas or bool(text and not message)
-        # A message is a whole completion. More text takes back what a finish reason said too early.
-        self.whole = finished or bool(message) or (self.whole and not text)
+        self._in_deltas = self._in_deltas or bool(text and (not message or "content" in delta))
+        # A message alone is a whole completion. More text takes back what a finish reason said too early.
+        self.whole = finished or bool(message and not delta) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
             return False
         if text or thought or reasoning:
@@ -736,14 +729,15 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
     return text, thought, more
 
 
-def filled(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are not empty. A 0 counts where text is expected."""
+def filled(value: Any) -> dict[str, Any]:
+    """The fields of an object that are not empty, or 0 in place of text. Any other value gets an empty name."""
+    fields = value if isinstance(value, dict) else {"": value}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
 
 def holds_more(fields: dict[str, Any], known: set[str]) -> bool:
-    """Whether there is text, a list or an object in a field that is not ``known``. Numbers do not count."""
-    return any(isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
+    """Whether there is text, a list or an object in a field that is not ``known``, or anything under an empty name."""
+    return any(not key or isinstance(inner, (str, list, dict)) for key, inner in fields.items() if key not in known)
 
 
 class Thinking:
@@ -898,7 +892,9 @@ class ToolCallParser:
             if text.startswith(RESULT_TAG, begin):
                 raise misread("the model made up the result of a tool", text[begin:], MADE_UP_RESULT)
             calls, end, problem = self._calls_at(text, begin, wrapping)
+            taken = "<" in wrapping[0] or place == next_call or begins_answer(text, place)
             if problem:
+                calls = calls if taken else []
                 if not (lenient and (calls or pieces)):
                     raise problem
                 # The broken call may need the result of one before it. The model can make it again after that result.
@@ -908,7 +904,7 @@ class ToolCallParser:
                 break
             if calls:
                 end = skip(rf"{CLOSING}(\s*```)?{CLOSING}" if wrapping["fence"] else CLOSING, text, end)
-                if "<" in wrapping[0] or place == next_call or begins_answer(text, place):
+                if taken:
                     pieces += [text[start:place], *calls]
                     start, next_call = end, skip(r"\s*", text, end)
                 elif wrapping["fence"] or re.compile(r"[ \t]*(\n|\Z)").match(text, end):  # alone on its line
@@ -930,7 +926,7 @@ class ToolCallParser:
                 if wrapping["function"] and not calls:
                     value = {"name": wrapping["function"], "arguments": value}
                 values = value if value and isinstance(value, list) else [value]
-                if not all(self._means_call(each, wrapping[0], bool(calls) or n > 0) for n, each in enumerate(values)):
+                if not self._mean_calls(values, wrapping[0], bool(calls)):
                     return calls, (end if calls else after), None
                 calls += [read_call(each) for each in values]
                 end, next_value = after, skip(r"[\s;,}\]]*", text, after)
@@ -940,20 +936,24 @@ class ToolCallParser:
             return calls, end, misread(f"the model's tool call cannot be read: {problem}", begin, correction)
         return calls, end, None
 
-    def _means_call(self, value: Any, tags: str, after_call: bool) -> bool:
-        """Whether a JSON value is meant as a call, as anything in our own tags is, except for a tool's definition.
+    def _mean_calls(self, values: list[Any], tags: str, after_call: bool) -> bool:
+        """Whether JSON values are meant as calls, as anything in our own tags is, except for a tool's definition.
 
-        Elsewhere, it names an offered tool, with arguments unless a tag speaks of calls. After a call, any name counts.
+        Elsewhere, all have names, and one names an offered tool, with arguments unless a tag speaks of calls. After a
+        call, any names will do.
         """
-        name, arguments, is_definition = call_fields(value)
-        if is_definition or re.search(OWN_TAG, tags):
-            return not is_definition
-        if after_call:
-            return name is not None
-        return name in self.names and (arguments is not None or bool(re.search("tool|function|call", tags)))
+        fields = [call_fields(value) for value in values]
+        if any(is_definition for _, _, is_definition in fields):
+            return False
+        if re.search(OWN_TAG, tags):
+            return True
+        name_suffices = re.search("tool|function|call", tags)
+        offered = any(name in self.names and (name_suffices or given is not None) for name, given, _ in fields)
+        return (after_call or offered) and all(name for name, _, _ in fields)
 
 
-OWN_TAG = r"<\|?(tool_call|tools|python_tag)\|?>"  # what we ask for, what is around the tools, and Llama's own
+# The tag that we ask for, Llama's own, and the one around the tools, if it is the last before a value.
+OWN_TAG = r"<\|?(tool_call|python_tag)\|?>|<tools>\s*\Z"
 RESULT_TAG = "<tool_response>"
 # Up to three tags and fences before a call. It can match nothing, so it always matches. The bounds keep it linear.
 WRAPPING = (
@@ -1066,7 +1066,7 @@ def matching_json(text: str, validator: Any) -> str:
         try:
             # Models may leave out the object around one list, alone or after "Here it is:", but not after "I left out".
             listed = isinstance(value, list) and len(required) == len(values) == 1 and not validator.is_valid(value)
-            if listed and re.search(rf"(?m)(^|:)\s*{re.escape(written)}\W*$", text):
+            if listed and re.search(rf"(?m)(^|:)[^\w\n:]*{re.escape(written)}\W*$", text):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
             error = best_match(validator.iter_errors(value))
         except Exception as failure:  # a $ref to nowhere, or a schema that contains itself
@@ -1232,7 +1232,7 @@ def reported_error(fields: dict[str, Any], in_words: bool = False) -> Autonomous
     code = fields.get("code", fields.get("status_code"))
     failed = message and (in_words if code is None else is_error_value(code))
     if failed or is_error_value(fields.get("error")) or is_error_value(fields.get("errors")):
-        return AutonomousError(f"the service reports an error: {quoted(error_words(fields))}")
+        return AutonomousError(f"the service reports an error: {quoted(error_words(shallow(fields, 20)))}")
     return None
 
 

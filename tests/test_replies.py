@@ -300,6 +300,12 @@ TEXTS = {
     "message in place of a delta": upon(message("Once ", None), message("upon")),
     "delta.text": upon(choice({"text": "Once "}), choice({"text": "upon"})),
     "choices as an object": upon(*({"choices": {"delta": {"content": words}}} for words in ("Once ", "upon"))),
+    **{
+        f"{key} without a code, beside text": upon(
+            *(choice({"content": words}) | {key: "fine"} for words in ("Once ", "upon"))
+        )
+        for key in ("message", "msg", "detail", "status_msg")
+    },
     "choice.content": upon(choice(content="Once "), choice(content="upon")),
     "choice.text": upon(choice(text="Once "), choice(text="upon")),
     "choice.text in a whole reply": Row(body(choice(None, "stop", text="Once upon")), "Once upon"),
@@ -417,6 +423,7 @@ FOREIGN_VALUES: dict[str, Any] = {
     "choices of words": {"choices": "a time"},
     "a choice of words": {"choices": ["a time"]},
     "a delta of words": {"choices": [{"index": 0, "delta": "a time"}]},
+    "a delta of words, with a finish reason": {"choices": [{"delta": "a time", "finish_reason": "stop"}]},
     "content of another shape": {"choices": [{"index": 0, "delta": {"content": {"answer": "a time"}}}]},
     "content in lists": {"choices": [{"delta": {"content": [["a time"]]}}]},
     "a picture": choice({"content": "", "images": [{"data": "abc"}]}),

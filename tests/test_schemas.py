@@ -92,6 +92,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "list instead of the object around it": (DOGS, f"[{CLEO}, {REX}]", {"items": [strict(CLEO), strict(REX)]}),
     "such a list among words": (DOGS, f"I found one dog: [{CLEO}].", {"items": [strict(CLEO)]}),
     "such a list on lines of its own": (IDS, "Here:\n```\n[4,\n5]\n```\nDone.", {"ids": [4, 5]}),
+    "such a list in Markdown": (IDS, "- **Answer:** `[4, 5]`", {"ids": [4, 5]}),
     "such a list that is empty": (DOGS, "[]", {"items": []}),
     "a comma too many": (IDS, '{"ids": [4, 5,],}\n\nSource: [1]', {"ids": [4, 5]}),
     "a comma too many, and commas in strings": (DOG, '{"name": "a,}b,]", "age": 4 , }', {"name": "a,}b,]", "age": 4}),
@@ -226,6 +227,13 @@ def test_cost_is_linear(again: str, size: int, server: Loopback, cpu_guard: None
     server.answer = texts("Say: ", again * (size // len(again)))
     answer = ask_sync(schema={"type": "string"})
     assert "does not match the schema" in answer.line
+
+
+@pytest.mark.parametrize("again", ["\n", ":", ": ", " "])
+def test_cost_of_finding_a_list_that_stands_alone_is_linear(again: str, server: Loopback, cpu_guard: None) -> None:
+    """Much of what may stand before such a list does not take long either."""
+    server.answer = texts("Not [1] here", again * 100_000)
+    assert "does not match the schema" in ask_sync(schema=IDS).line
 
 
 DRAFT_7 = {"$schema": "http://json-schema.org/draft-07/schema#", "minimum": "1"}

@@ -272,6 +272,7 @@ TEXTS = {
     # Code and the like
     "HTML": '<!DOCTYPE html>\n<html><body class="add">{"name": "add"} [now()]</body></html>',
     "XML": '<?xml version="1.0"?>\n<tools><tool name="add"/>\n<function>now()</function></tools>',
+    "XML in a tag of ours": "<tools>\n  <tool>now</tool>\n</tools>",
     "JSX": "<App>{now()}<b>{add({a: 1})}</b></App>",
     "code with calls": "```python\n[now() for _ in range(3)]\nadd(a=1)\n```",
     "code": 'def f():\n    return {"name": "add"}["name"] < "b" and f"{x!r}" or [[]]\n',

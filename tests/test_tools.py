@@ -213,7 +213,7 @@ NO_WORDS = "The tool fail returned:\nError: ValueError: no message was given"
     [
         ("give", {"what": "Hi"}, "The tool give returned:\nHi"),
         *(("give", {"what": nothing}, EMPTY) for nothing in ("", " \n", "\u3000\xa0", None)),
-        ("fail", {"words": ["no luck"]}, "The tool fail returned:\nError: no luck"),
+        *(("fail", {"words": [w]}, f"The tool fail returned:\nError: {w}") for w in ("no luck", "not a date: None")),
         *(("fail", {"words": words}, NO_WORDS) for words in ([], [" \n"], [None])),
         ("nope", {}, 'The tool nope returned:\nError: tool "nope" does not exist'),
         ("add", {"a": "x"}, "The tool add returned:\nError: can only concatenate .*"),
@@ -371,6 +371,12 @@ ASKED = {
         "I call:\n",
         'the answer holds a tool call without tags; it begins: {"name": "now", "arguments": {}}',
         "Your answer contains a tool call",
+    ),
+    "after words, with a broken one": Asked(
+        'I call:\n```json\n{"name": "now", "arguments": {}}\n{ ... }\n```',
+        "I call:\n",
+        "the model's tool call cannot be read: it is not valid JSON: ",
+        "Your tool call could not be read: it is not valid JSON",
     ),
     "made-up result": Asked(
         "<tool_response>midnight</tool_response> It is midnight.",
