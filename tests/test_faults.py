@@ -101,6 +101,13 @@ def test_text_after_a_finish_reason_has_its_own_time(ask: Ask, server: Loopback,
     assert ask().text == "abc"
 
 
+def test_a_message_without_text_beside_a_delta_is_no_end(ask: Ask, server: Loopback, short: None) -> None:
+    """The first chunk may have a role in both."""
+    role = {"role": "assistant"}
+    server.answer = play(HEAD, event({"choices": [{"delta": role, "message": role}]}), PAUSE, HI, STOP, DONE, END)
+    assert ask().text == "hi"
+
+
 @pytest.mark.parametrize(
     "end", [STALL, functools.partial(Connection.drip, data=b" and so on")], ids=["stalls", "drips"]
 )
