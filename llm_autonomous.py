@@ -77,7 +77,6 @@ USUAL_FINISH_REASON = (
     r"(?i)(?<![a-z])(stop(ped)?|eo[st]|end(oftext)?|completed?|done|finish(ed)?$|success|normal|tool|function)(?![a-z])"
 )
 LIMIT_REASON = "(?i)length|max|limit|exceed|truncat"
-NO_FINISH_REASONS = ("", "null", "none", "undefined")
 LIBRARIES = (__name__, "httpx", "httpcore", "h11", "anyio")  # whose exceptions are about the connection or the reply
 MESSAGE_KEYS = ("message", "msg", "detail", "status_msg")  # the keys that hold the text of an error
 NO_ERROR = r"(?i)(0+|200|ok|success(ful)?|none|null|false)?"  # codes, errors and messages that stand for success
@@ -275,25 +274,21 @@ def build_messages(
     if instructions:
         if not turns or turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "text": "", "images": []})
-        turns[0]["text"] = paragraphs(turns[0]["text"], instructions)
+        turns[0]["text"] = "\n\n".join(filter(None, [turns[0]["text"], instructions]))
     if after_results:
         gap = "\n" if messages[-1].role == "tool" else "\n\n"  # as in the measurements
-        turns[-1]["text"] = paragraphs(turns[-1]["text"], after_results, gap=gap)
+        turns[-1]["text"] = gap.join(filter(None, [turns[-1]["text"], after_results]))
     if any(turn["images"] for turn in turns):
         # Llama 3.2 Vision's own chat template refuses a system message beside an image.
         system = [turn["text"] for turn in turns if turn["role"] == "system"]
         turns = [turn for turn in turns if turn["role"] != "system"]
         first = next(turn for turn in turns if turn["role"] == "user")
-        first["text"] = paragraphs(*system, first["text"])
+        first["text"] = "\n\n".join(filter(None, [*system, first["text"]]))
     for turn in turns:
         text, shown = turn.pop("text"), turn.pop("images")
         texts = [{"type": "text", "text": text}] if text else []
         turn["content"] = texts + shown if shown else text
     return turns
-
-
-def paragraphs(*texts: str, gap: str = "\n\n") -> str:
-    return gap.join(filter(None, texts))
 
 
 def since_answer(messages: list[llm.Message]) -> list[llm.Message]:
@@ -516,7 +511,7 @@ class Framing:
                 self._document = True
                 self._hold(rest.encode())
         elif words := line.decode("utf-8", "replace").strip():
-            # "name: value" or "name" is an unknown field, and no sign that the server died, unlike other words.
+            # "name: value" or "name" is an unknown field. Other words may come from a server that died: see `Words`.
             self._values.append(words if re.match(r"[\w-]+(:|\Z)", words) else Words(words))
 
     def _hold(self, line: bytes) -> None:
@@ -632,20 +627,21 @@ class Completion:
 
     def _read_chunk(self, chunk: Any) -> bool:
         """Read a chunk, and return whether all of it was understood. Raises the error that it reports."""
-        begun = self._in_deltas or self.whole  # some text has come, or the end, after which only words of errors matter
+        # If a server or proxy dies, its last words are no JSON. After the end, only words of an error matter.
+        begun = self._in_deltas or self.whole  # some text has come, or the end
         says_error = isinstance(chunk, str) and mentions_error(chunk)
-        if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):  # it has died
+        if begun and (says_error or (isinstance(chunk, Words) and not self.whole)):
             raise AutonomousError(f"the answer is incomplete: the server sent: {quoted(chunk)}")
         fields, has_choices = filled(chunk), isinstance(chunk, dict) and "choices" in chunk
-        choices = fields.get("choices", {})
+        choices = fields.get("choices")  # None if they are empty
         choice = filled(choices[0] if isinstance(choices, list) else choices)
         delta, message = filled(choice.pop("delta", None)), filled(choice.pop("message", None))
         message = {} if self._in_deltas else message  # it only repeats the deltas
         answer = {**choice, **message, **delta}  # what the choice says
         all_fields = {**answer, **fields}  # what the whole chunk says
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # Without a choice, words are an error even without a code, if they come after text or beside empty `choices`.
-        if unusual and (error := reported_error(all_fields, "choices" not in fields and (begun or has_choices))):
+        # Without a choice, a message needs no code to be an error, if it comes after text or beside empty `choices`.
+        if unusual and (error := reported_error(all_fields, in_words=not choices and (begun or has_choices))):
             raise error
         finished = self._read_outcome(all_fields)
         reasoning, _, odd_reasoning = text_of(answer, "reasoning_content", "reasoning")
@@ -662,7 +658,7 @@ class Completion:
         for inner in unusual.values():
             if isinstance(inner, dict) and (error := reported_error(inner)):
                 raise error
-        # Beside a finish reason, an unknown field of the choice is about the end, such as stop_reason.
+        # Beside a finish reason, the choice's own unknown fields, such as stop_reason, are about the end.
         if holds_more({**message, **delta} if finished else answer, ANSWER_FIELDS):
             return False
         if not holds_more(fields, CHUNK_FIELDS):
@@ -677,7 +673,7 @@ class Completion:
                 self.envelope.setdefault(key, shallow(fields[key]))
         if "usage" in fields:
             self.envelope["usage"] = shallow(fields["usage"])
-        finished = str(fields.get("finish_reason")).strip().lower() not in NO_FINISH_REASONS
+        finished = str(fields.get("finish_reason")).strip().lower() not in ("", "null", "none", "undefined")
         if finished:
             self.envelope["finish_reason"] = shallow(fields["finish_reason"])
         return finished
@@ -730,7 +726,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that are not empty, or 0 in place of text. Any other value gets an empty name."""
+    """The fields of an object that are not empty, and a 0 in place of text. Another value becomes ``{"": value}``."""
     fields = value if isinstance(value, dict) else {"": value}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
@@ -837,14 +833,15 @@ class ToolCallParser:
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
             if RESULT_TAG in self._recent:
-                # Once, when the tag first comes: if it follows calls, and is not in an argument, this sets `finished`.
+                # Once, and only to set `finished`, if the tag follows calls and is not in an argument of one.
                 with contextlib.suppress(AutonomousError):
                     self._split()
-        try:
-            return passed + self._split(self.asked) if end and not self.error else passed
-        except AutonomousError as error:
-            self.error = error
-            return passed
+        if end and not self.error:
+            try:
+                passed += self._split(self.asked)
+            except AutonomousError as error:
+                self.error = error
+        return passed
 
     def _pass_on(self) -> list[Any]:
         """The text up to where a call begins or may begin."""
@@ -861,7 +858,11 @@ class ToolCallParser:
         return [passed] if passed else []
 
     def _wrapping(self, text: str, place: int, next_call: int = -1) -> re.Match[str] | None:
-        """The tags, if any, before what seems to be a call or a made-up result at ``place``; None if it is neither."""
+        """The tags, if any, before what seems to be a call or a made-up result at ``place``; None if it is neither.
+
+        Calls in JSON may stand anywhere, and calls in code within our own tags. At the start of the answer and after a
+        call, anything in our own tags seems to be one, and so does code without a tag or a fence.
+        """
         window = text[place : place + MAX_HELD]
         wrapping = re.compile(WRAPPING).match(window)
         assert wrapping  # since the pattern can match nothing
@@ -869,11 +870,10 @@ class ToolCallParser:
         first = place == next_call or begins_answer(text, place)
         if wrapping["function"] in self.names or self._in_json.match(value):
             return wrapping
-        own, in_code = re.search(OWN_TAG, wrapping[0]), self._in_code.match(value)
-        if first and (own or value.startswith(RESULT_TAG) or (in_code and not wrapping[0])):  # no fenced code
+        own = wrapping[0] and re.search(OWN_TAG, wrapping[0])
+        if first and (own or value.startswith(RESULT_TAG) or (not wrapping[0] and self._in_code.match(value))):
             return wrapping
-        # Within an answer, other words in our own tags may be about these.
-        return wrapping if own and (in_code or value.startswith(("{", "["))) else None
+        return wrapping if own and (value.startswith(("{", "[")) or self._in_code.match(value)) else None
 
     def _split(self, lenient: bool = False) -> list[Any]:
         """The calls in what is held, and the text around them. Raises if the model has to be asked to correct it."""
@@ -916,7 +916,7 @@ class ToolCallParser:
     def _calls_at(self, text: str, place: int, wrapping: re.Match[str]) -> tuple[list[Any], int, Exception | None]:
         """The calls at ``place``, one after another or in lists, where they end, and what is wrong there, if anything.
 
-        They end where a value is not meant as a call. If that is the first one, the end is the place after it.
+        They end where a value is not meant as a call. If even the first one is not, the place after it is returned.
         """
         calls: list[llm.ToolCall] = []
         end, next_value = place, place
@@ -939,15 +939,14 @@ class ToolCallParser:
     def _mean_calls(self, values: list[Any], tags: str, after_call: bool) -> bool:
         """Whether JSON values are meant as calls, as anything in our own tags is, except for a tool's definition.
 
-        Elsewhere, all have names, and one names an offered tool, with arguments unless a tag speaks of calls. After a
-        call, any names will do.
+        Elsewhere, all need names and, unless they follow a call, one of them that of an offered tool.
         """
         fields = [call_fields(value) for value in values]
         if any(is_definition for _, _, is_definition in fields):
             return False
         if re.search(OWN_TAG, tags):
             return True
-        name_suffices = re.search("tool|function|call", tags)
+        name_suffices = re.search("tool|function|call", tags)  # elsewhere, arguments are needed too
         offered = any(name in self.names and (name_suffices or given is not None) for name, given, _ in fields)
         return (after_call or offered) and all(name for name, _, _ in fields)
 
@@ -1064,7 +1063,7 @@ def matching_json(text: str, validator: Any) -> str:
     mismatch = ""
     for value, written in reversed(values):  # those with a property of the schema first, and of these the last first
         try:
-            # Models may leave out the object around one list, alone or after "Here it is:", but not after "I left out".
+            # Models may leave out the object around the one list in it, which then begins a line or follows a colon.
             listed = isinstance(value, list) and len(required) == len(values) == 1 and not validator.is_valid(value)
             if listed and re.search(rf"(?m)(^|:)[^\w\n:]*{re.escape(written)}\W*$", text):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
@@ -1227,7 +1226,7 @@ def error_words(body: object) -> str:
 
 
 def reported_error(fields: dict[str, Any], in_words: bool = False) -> AutonomousError | None:
-    """The error that an object reports: ``error``, ``errors``, or a message beside a code that is no success."""
+    """The error in an object: ``error``, ``errors``, or a message beside a failing code (or none, if ``in_words``)."""
     message = any(is_error_value(fields[key]) for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list)))
     code = fields.get("code", fields.get("status_code"))
     failed = message and (in_words if code is None else is_error_value(code))
@@ -1379,8 +1378,8 @@ class Exchange:
         # With tools, the schema follows their results: given both at once, models make results up.
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on only the first system prompt of a conversation. Here the last one counts, but not that of a
-        # turn with a list of its own (``messages=``), which begins with another message.
+        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. All turns begin with
+        # the conversation's first message, except those with a list of their own (``messages=``), which are left out.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
         if systems := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(systems[-1])])
@@ -1388,7 +1387,7 @@ class Exchange:
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # With a past, a last message of the assistant is the previous answer. Without, the caller wants it continued.
         past = conversation and (conversation.responses or getattr(conversation, "loaded_messages", None))
-        nothing = not messages or messages[-1]["content"] == instructions  # which we added
+        nothing = not messages or messages[-1]["content"] == instructions  # or only what we added
         if nothing or (past and messages[-1]["role"] == "assistant"):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
@@ -1522,7 +1521,7 @@ class Attempt:
         return self._out(self._decode(data))
 
     def fail(self, failure: Exception) -> None:
-        """Take an exception of Python or the libraries below. Others come from the caller, as by a signal, and pass."""
+        """Take an exception of Python or the libraries below. Another, as from a signal handler, is raised again."""
         if type(failure).__module__.partition(".")[0] not in {*sys.stdlib_module_names, *LIBRARIES}:
             raise failure
         self.failure = failure
@@ -1535,7 +1534,7 @@ class Attempt:
             pieces += self._parse([], end=True)  # which may find a mistake of the model
             self.error = self.error and explained(self.error, self.completion.finish_reason)
         elif self.yielded:
-            pieces += self._parse([], end=True)  # no retry can follow, so held text is shown too
+            pieces += self._parse([], end=True)  # no retry follows what was shown, so what is held is shown too
         return self._out(pieces)
 
     def time_left(self, timeout: float) -> float:
@@ -1616,7 +1615,7 @@ class Attempt:
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded and not self.exchange.validator:
-                pieces.insert(0, "\n")  # after the words that were shown; with a schema, none were
+                pieces.insert(0, "\n")  # after the words that were shown; with a schema, only reasoning was
         if self.parser is None:
             return pieces
         out: list[str | StreamEvent] = []
@@ -1714,7 +1713,7 @@ async def async_client(proxy: str) -> Client:
     client, unneeded = find_client(proxy, loop)
     if client.life is None:
         client.life = _live(client)
-        await anext(client.life)  # starts it, so that the loop knows it
+        await anext(client.life)  # starts it, so that the loop will close it
     for old in unneeded:
         await old.life.aclose()
     return client
@@ -1778,7 +1777,7 @@ def limit_reads(head: httpx.Response, attempt: Attempt) -> None:
         read = functools.partial(type(stream).read, stream)  # not stream.read, which an earlier reply may have replaced
 
         def read_limited(max_bytes: int, timeout: float) -> Any:
-            # Once this reply has ended, its connection may be another prompt's.
+            # Once this reply has ended, the connection may be another prompt's, whose status and headers this reads.
             return read(max_bytes, timeout=timeout if head.is_closed else attempt.time_left(timeout))
 
         stream.read = read_limited
