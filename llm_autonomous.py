@@ -276,7 +276,7 @@ def build_messages(
             turns.insert(0, {"role": "system", "text": "", "images": []})
         turns[0]["text"] = "\n\n".join(filter(None, [turns[0]["text"], instructions]))
     if after_results:
-        gap = "\n" if messages[-1].role == "tool" else "\n\n"  # as in the measurements
+        gap = "\n" if messages[-1].role == "tool" else "\n\n"  # as measured in tests/README.md
         turns[-1]["text"] = gap.join(filter(None, [turns[-1]["text"], after_results]))
     if any(turn["images"] for turn in turns):
         # Llama 3.2 Vision's own chat template refuses a system message beside an image.
@@ -640,7 +640,7 @@ class Completion:
         answer = {**choice, **message, **delta}  # what the choice says
         all_fields = {**answer, **fields}  # what the whole chunk says
         unusual = {key: inner for key, inner in all_fields.items() if key not in KNOWN_FIELDS}
-        # Without a choice, a message needs no code to be an error, if it comes after text or beside empty `choices`.
+        # A message needs no code to be an error if it comes, without a choice, after text or beside empty `choices`.
         if unusual and (error := reported_error(all_fields, in_words=not choices and (begun or has_choices))):
             raise error
         finished = self._read_outcome(all_fields)
@@ -648,7 +648,7 @@ class Completion:
         text, thought, odd_text = text_of(answer, "content", "text", "refusal")
         self._add("reasoning", reasoning + thought, end=bool(text))
         self._add("text", text)
-        self._in_deltas = self._in_deltas or bool(text and (not message or "content" in delta))
+        self._in_deltas = self._in_deltas or bool(text and (not message or "content" in delta))  # not from a message
         # A message alone is a whole completion. More text takes back what a finish reason said too early.
         self.whole = finished or bool(message and not delta) or (self.whole and not text)
         if odd_reasoning or odd_text or "tool_calls" in answer or "function_call" in answer:
@@ -726,7 +726,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that are not empty, and a 0 in place of text. Another value becomes ``{"": value}``."""
+    """The fields of an object that are not empty; 0 is kept in place of text. What is no object gets an empty name."""
     fields = value if isinstance(value, dict) else {"": value}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
@@ -833,7 +833,7 @@ class ToolCallParser:
         elif self._calling and RESULT_TAG not in self._recent:
             self._recent = self._recent[-len(RESULT_TAG) :] + text
             if RESULT_TAG in self._recent:
-                # Once, and only to set `finished`, if the tag follows calls and is not in an argument of one.
+                # Only to set `finished`, which happens if the tag follows calls, and is not in an argument of one.
                 with contextlib.suppress(AutonomousError):
                     self._split()
         if end and not self.error:
@@ -869,10 +869,10 @@ class ToolCallParser:
         value = window[wrapping.end() :]
         first = place == next_call or begins_answer(text, place)
         if wrapping["function"] in self.names or self._in_json.match(value):
-            return wrapping
+            return wrapping  # JSON, anywhere
         own = wrapping[0] and re.search(OWN_TAG, wrapping[0])
         if first and (own or value.startswith(RESULT_TAG) or (not wrapping[0] and self._in_code.match(value))):
-            return wrapping
+            return wrapping  # at the start or after a call
         return wrapping if own and (value.startswith(("{", "[")) or self._in_code.match(value)) else None
 
     def _split(self, lenient: bool = False) -> list[Any]:
@@ -939,7 +939,7 @@ class ToolCallParser:
     def _mean_calls(self, values: list[Any], tags: str, after_call: bool) -> bool:
         """Whether JSON values are meant as calls, as anything in our own tags is, except for a tool's definition.
 
-        Elsewhere, all need names and, unless they follow a call, one of them that of an offered tool.
+        Elsewhere, all need names. Unless they follow a call, one has to be the name of an offered tool.
         """
         fields = [call_fields(value) for value in values]
         if any(is_definition for _, _, is_definition in fields):
@@ -1063,7 +1063,7 @@ def matching_json(text: str, validator: Any) -> str:
     mismatch = ""
     for value, written in reversed(values):  # those with a property of the schema first, and of these the last first
         try:
-            # Models may leave out the object around the one list in it, which then begins a line or follows a colon.
+            # Models may write [1, 2] for {"ids": [1, 2]}, if nothing else is required: on a line or after a colon.
             listed = isinstance(value, list) and len(required) == len(values) == 1 and not validator.is_valid(value)
             if listed and re.search(rf"(?m)(^|:)[^\w\n:]*{re.escape(written)}\W*$", text):
                 value, written = {required[0]: value}, f"{{{json.dumps(required[0])}: {written}}}"
@@ -1226,7 +1226,7 @@ def error_words(body: object) -> str:
 
 
 def reported_error(fields: dict[str, Any], in_words: bool = False) -> AutonomousError | None:
-    """The error in an object: ``error``, ``errors``, or a message beside a failing code (or none, if ``in_words``)."""
+    """The error in an object: ``error``, ``errors``, or a message beside a failing code (``in_words``: or no code)."""
     message = any(is_error_value(fields[key]) for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list)))
     code = fields.get("code", fields.get("status_code"))
     failed = message and (in_words if code is None else is_error_value(code))
@@ -1325,7 +1325,7 @@ CERTIFICATE_ADVICE[10] = ". Only the owner of the server can renew it"
 
 def root_cause(error: BaseException) -> BaseException:
     """The innermost exception, as only that one says "Connection refused"."""
-    # httpcore passes it on as the first argument of its own, and anyio in a group with one for each address of a host.
+    # httpcore passes it on as the first argument of its own exception, and anyio in a group with one for each address.
     inner = getattr(error, "exceptions", error.args)
     cause = error.__cause__ or (inner[0] if inner else None)
     return root_cause(cause) if isinstance(cause, BaseException) else error
@@ -1367,8 +1367,8 @@ class Exchange:
         parts = [part for message in since_answer(prompt.messages) for part in message.parts]
         self.new_results = bool(self.tools) and any(isinstance(part, ToolResultPart) for part in parts)
         self.messages = self._messages(prompt, conversation)
-        # Weak, because an async response holds a generator, which holds this and the connection. If the caller stops
-        # reading, such a cycle would keep the connection open until the garbage collector runs.
+        # Weak, because an async response holds a generator, which holds this and the connection. In a cycle, they would
+        # stay until the garbage collector runs, with an open connection, if the caller stops reading.
         self.response: Any = weakref.proxy(response)
 
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
@@ -1378,16 +1378,16 @@ class Exchange:
         # With tools, the schema follows their results: given both at once, models make results up.
         after_results = f"{AFTER_RESULTS} {in_json}".strip() if self.new_results else ""
         images, given = bool(self.model.service.attachment_types), prompt.messages
-        # `llm` passes on only the first system prompt of a conversation. Here the last one counts. All turns begin with
-        # the conversation's first message, except those with a list of their own (``messages=``), which are left out.
+        # `llm` passes on only the first system prompt of a conversation. Here the last one counts.
         turns = [*(response.prompt for response in conversation.responses), prompt] if conversation else []
+        # A turn with another first message does not belong here: it had a history of its own (``messages=``).
         if systems := [turn.system for turn in turns if turn.system and turn.messages[:1] == given[:1]]:
             system = llm.Message(role="system", parts=[TextPart(systems[-1])])
             given = [system, *(message for message in given if message.role != "system")]
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # With a past, a last message of the assistant is the previous answer. Without, the caller wants it continued.
         past = conversation and (conversation.responses or getattr(conversation, "loaded_messages", None))
-        nothing = not messages or messages[-1]["content"] == instructions  # or only what we added
+        nothing = not messages or messages[-1]["content"] == instructions  # or our own alone
         if nothing or (past and messages[-1]["role"] == "assistant"):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
@@ -1615,7 +1615,7 @@ class Attempt:
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded and not self.exchange.validator:
-                pieces.insert(0, "\n")  # after the words that were shown; with a schema, only reasoning was
+                pieces.insert(0, "\n")  # after the words shown before; with a schema, there are none
         if self.parser is None:
             return pieces
         out: list[str | StreamEvent] = []
@@ -1777,7 +1777,7 @@ def limit_reads(head: httpx.Response, attempt: Attempt) -> None:
         read = functools.partial(type(stream).read, stream)  # not stream.read, which an earlier reply may have replaced
 
         def read_limited(max_bytes: int, timeout: float) -> Any:
-            # Once this reply has ended, the connection may be another prompt's, whose status and headers this reads.
+            # Once this reply has ended, the connection may be another prompt's, and this reads the head of its reply.
             return read(max_bytes, timeout=timeout if head.is_closed else attempt.time_left(timeout))
 
         stream.read = read_limited
@@ -1815,7 +1815,7 @@ class SocksHandshake:
         error: BaseException = info["exception"]
         if isinstance(error, httpcore.TimeoutException):
             return httpcore.ProxyError(f"no reply within {self.timeout:g} s")
-        malformed = isinstance(error, Exception) and not isinstance(error, httpcore.ProxyError)  # Ctrl-C is neither
+        malformed = isinstance(error, Exception) and not isinstance(error, httpcore.ProxyError)  # but not Ctrl-C
         return httpcore.ProxyError("it does not answer as a SOCKS proxy") if malformed else error
 
 
@@ -1873,7 +1873,7 @@ class AsyncAutonomous(_Shared, llm.AsyncModel):  # type: ignore[misc]
 
         exchange = Exchange(self, prompt, stream, response, conversation)
         del response, conversation  # see the weak reference in Exchange
-        # This repeats the sync loop. An inner generator for both would have to be closed by this one, but an event loop
+        # This repeats the sync loop. A generator that both share would have to be closed by this one. But an event loop
         # that shuts down closes all async generators at once, and reports an error if one of them is closing another.
         with await async_client(exchange.proxy) as http:
             for attempt in exchange.attempts():
