@@ -99,8 +99,8 @@ class ServiceModel(NamedTuple):
 
     name: str  # goes into `aiAgent` and `threadId`
     endpoint: str  # below /api/v1/ai/
-    backend: str  # the model that it runs; also an alias, if that is free, and one after "autonomous-"
-    aliases: tuple[str, ...] = ()  # other ones
+    backend: str  # the model that it runs; also an alias, if that is free
+    aliases: tuple[str, ...]
     attachment_types: frozenset[str] = frozenset()
 
     @property
@@ -113,11 +113,13 @@ IMAGE_TYPES = {name: name for name in ("image/png", "image/jpeg", "image/webp", 
 IMAGE_TYPES |= {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
 
 SERVICE_MODELS = (
-    ServiceModel("llama", "chat", "llama-3.3-70b", aliases=("autonomous",)),
-    ServiceModel("qwen_coder", "chat", "qwen-2.5-coder-32b", aliases=("autonomous-qwen-coder",)),
-    ServiceModel("hermes", "chat-hermes", "hermes-3"),
-    ServiceModel("vision", "chat-vision", "llama-3.2-90b", attachment_types=frozenset(IMAGE_TYPES)),
-    ServiceModel("summary", "summary", "llama-3.2-70b"),
+    ServiceModel("llama", "chat", "llama-3.3-70b", ("autonomous", "autonomous-llama-3.3-70b")),
+    ServiceModel(
+        "qwen_coder", "chat", "qwen-2.5-coder-32b", ("autonomous-qwen-coder", "autonomous-qwen-2.5-coder-32b")
+    ),
+    ServiceModel("hermes", "chat-hermes", "hermes-3", ("autonomous-hermes-3",)),
+    ServiceModel("vision", "chat-vision", "llama-3.2-90b", ("autonomous-llama-3.2-90b",), frozenset(IMAGE_TYPES)),
+    ServiceModel("summary", "summary", "llama-3.2-70b", ("autonomous-llama-3.2-70b",)),
 )
 
 
@@ -126,9 +128,8 @@ def register_models(register: Callable[..., None], model_aliases: list[ModelWith
     for service in SERVICE_MODELS:
         # Other plugins and the user's aliases may have the backend's bare name. Running last, we see which are free.
         taken = {name for known in model_aliases for name in (known.model.model_id, *known.aliases)}
-        free = [] if service.backend in taken else [service.backend]
-        aliases = [*service.aliases, f"autonomous-{service.backend}", *free]
-        register(Autonomous(service), AsyncAutonomous(service), aliases=aliases)
+        free = () if service.backend in taken else (service.backend,)
+        register(Autonomous(service), AsyncAutonomous(service), aliases=(*service.aliases, *free))
 
 
 # --- What is sent -----------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def format_result(part: ToolResultPart, tools: bool) -> str:
     name = part.name
     output = part.output if isinstance(part.output, str) else json.dumps(part.output, ensure_ascii=False, default=repr)
     if part.exception is not None:
-        # Without a message, the exception is "ValueError: " or "ValueError: None", and the output "Error: " or so.
+        # Without a message, the exception is "ValueError: " or "ValueError: None", and the output says even less.
         failure = re.sub(r"\A([^\s:]*):\s*(None\s*)?\Z", r"\1: no message was given", part.exception)
         if failure != part.exception:
             output = f"Error: {failure}"
@@ -726,7 +727,7 @@ def text_of(fields: dict[str, Any], *names: str) -> tuple[str, str, bool]:
 
 
 def filled(value: Any) -> dict[str, Any]:
-    """The fields of an object that are not empty; 0 is kept in place of text. What is no object gets an empty name."""
+    """The fields of an object that are not empty; a text of 0 is kept. Any other value gets an empty name."""
     fields = value if isinstance(value, dict) else {"": value}
     return {key: inner for key, inner in fields.items() if inner or (key in ("content", "text") and str(inner) == "0")}
 
@@ -1226,7 +1227,7 @@ def error_words(body: object) -> str:
 
 
 def reported_error(fields: dict[str, Any], in_words: bool = False) -> AutonomousError | None:
-    """The error in an object: ``error``, ``errors``, or a message beside a failing code (``in_words``: or no code)."""
+    """The error in an object: ``error``, ``errors``, or a message with a failing code or, if ``in_words``, none."""
     message = any(is_error_value(fields[key]) for key in MESSAGE_KEYS if isinstance(fields.get(key), (str, list)))
     code = fields.get("code", fields.get("status_code"))
     failed = message and (in_words if code is None else is_error_value(code))
@@ -1305,8 +1306,8 @@ def transport_error(error: Exception, answered: bool, timeout: float, proxy: str
             reason = "the connection was closed during the TLS handshake"
         retryable = True
         if isinstance(error, httpx.ProxyError):  # the reason begins with its HTTP status or httpcore's words for SOCKS
-            status = re.match(r"[0-9]{3}\b", reason)
-            retryable = int(status[0]) in RETRY_STATUSES if status else reason.startswith("Proxy Server")
+            code = re.match(r"[0-9]{3}\b", reason)
+            retryable = int(code[0]) in RETRY_STATUSES if code else reason.startswith("Proxy Server could not connect")
         return AutonomousError(f"cannot connect{through}: {reason}", retryable=retryable, outage=not proxy)
     if silent:
         return AutonomousError(f"silent for {timeout:g} s; -o timeout sets the limit", outage=True)
@@ -1367,8 +1368,8 @@ class Exchange:
         parts = [part for message in since_answer(prompt.messages) for part in message.parts]
         self.new_results = bool(self.tools) and any(isinstance(part, ToolResultPart) for part in parts)
         self.messages = self._messages(prompt, conversation)
-        # Weak, because an async response holds a generator, which holds this and the connection. In a cycle, they would
-        # stay until the garbage collector runs, with an open connection, if the caller stops reading.
+        # Weak, because an async response holds a generator, which holds this and the connection. If the caller stops
+        # reading, a cycle would keep the connection open until the garbage collector runs.
         self.response: Any = weakref.proxy(response)
 
     def _messages(self, prompt: llm.Prompt, conversation: Any) -> list[dict[str, Any]]:
@@ -1387,7 +1388,7 @@ class Exchange:
         messages = build_messages(given, images, bool(self.tools), instructions, after_results)
         # With a past, a last message of the assistant is the previous answer. Without, the caller wants it continued.
         past = conversation and (conversation.responses or getattr(conversation, "loaded_messages", None))
-        nothing = not messages or messages[-1]["content"] == instructions  # or our own alone
+        nothing = not messages or messages[-1]["content"] == instructions  # or only what we added
         if nothing or (past and messages[-1]["role"] == "assistant"):
             raise AutonomousError("the prompt is empty: nothing was sent")
         return messages
@@ -1521,7 +1522,7 @@ class Attempt:
         return self._out(self._decode(data))
 
     def fail(self, failure: Exception) -> None:
-        """Take an exception of Python or the libraries below. Another, as from a signal handler, is raised again."""
+        """Take an exception of Python or the libraries below. Any other, as from a signal handler, is raised again."""
         if type(failure).__module__.partition(".")[0] not in {*sys.stdlib_module_names, *LIBRARIES}:
             raise failure
         self.failure = failure
@@ -1606,8 +1607,8 @@ class Attempt:
         message = "the answer was empty" + (", after some reasoning" if self.thinking.reasoned else "")
         if body := self.beginning.strip().decode("utf-8", "replace"):
             message += f"; the reply begins: {body}"
-        error = AutonomousError(quoted(message), outage=True)
-        error.correction = EMPTY_CORRECTION if self.exchange.new_results else None
+        correction = EMPTY_CORRECTION if self.exchange.new_results else None
+        error = AutonomousError(quoted(message), outage=True, correction=correction)
         return explained(error, self.completion.finish_reason)
 
     def _out(self, pieces: list[Any]) -> list[str | StreamEvent]:
@@ -1615,7 +1616,7 @@ class Attempt:
         if pieces and not self.yielded:
             self.yielded = True
             if self.corrected and self.corrected.yielded and not self.exchange.validator:
-                pieces.insert(0, "\n")  # after the words shown before; with a schema, there are none
+                pieces.insert(0, "\n")  # after the words already shown; with a schema, there are none
         if self.parser is None:
             return pieces
         out: list[str | StreamEvent] = []
